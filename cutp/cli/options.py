@@ -1,0 +1,65 @@
+"""Options that several commands share, and opening a model from them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cutp.engine.llm import LLM
+
+MODEL_HELP = "a model directory, or a repository id in the local Hugging Face cache"
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype, --tp and --max-len."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                       help="where to compute (default: auto)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default on the CPU: float32)")
+    group.add_argument("--tp", type=positive_int, metavar="N",
+                       help="tensor-parallel size (default: the number of ranks)")
+    group.add_argument("--max-len", type=positive_int, metavar="N",
+                       help="longest request in tokens (default: what the model was made for)")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def open_llm(args: argparse.Namespace) -> LLM:
+    """The LLM that `args` describe; on rank 0 a long load shows its progress on a terminal."""
+    from cutp.comm.launch import launcher_rank
+    from cutp.engine.llm import LLM
+
+    level = logging.WARNING if launcher_rank() in (None, 0) else logging.ERROR
+    logging.basicConfig(level=level, format="cutp: %(levelname)s: %(message)s")
+    with _LoadProgress() as progress:
+        return LLM(args.model, tp=args.tp, device=args.device, dtype=args.dtype, max_len=args.max_len,
+                   progress=progress.show if sys.stderr.isatty() else None)
+
+
+class _LoadProgress:
+    """A tqdm bar that appears once loading has taken a second."""
+
+    def __init__(self):
+        self._bar = None
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1.0, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _LoadProgress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,93 @@
+"""The devices of one tensor-parallel group, and collectives over the shards this process holds.
+
+Under MPI each process holds one shard and the others are reached through a `Communicator`: the lists below have
+length 1. A group made from a plain list of N devices lives in one process, which holds all N shards: the lists
+have length N and a collective is arithmetic. Layers are written once, over lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cutp.array.device import DeviceRef
+from cutp.comm.communicator import Communicator
+from cutp.errors import ConfigError
+
+
+class DeviceGroup(Sequence[DeviceRef]):
+    """The devices of a tensor-parallel group, in rank order.
+
+    devices: one DeviceRef a rank. comm: the communicator of the group, whose size must equal the number of devices,
+    or None when this process holds every shard.
+    """
+
+    def __init__(self, devices: Sequence[DeviceRef], comm: Communicator | None = None):
+        self.devices = tuple(devices)
+        self.comm = comm
+        if not self.devices:
+            raise ConfigError("a device group needs at least one device")
+        if comm is not None and comm.size != len(self.devices):
+            raise ConfigError(f"{len(self.devices)} devices were given for a communicator of {comm.size} ranks")
+        self.local_ranks = tuple(range(len(self.devices))) if comm is None else (comm.rank,)
+
+    @classmethod
+    def of(cls, devices: Sequence[DeviceRef] | Communicator) -> DeviceGroup:
+        """`devices` as a group: a group as it is, a communicator (CPU devices), or a plain list (one process)."""
+        if isinstance(devices, DeviceGroup):
+            return devices
+        if isinstance(devices, Communicator):
+            return cls([DeviceRef.CPU()] * devices.size, devices)
+        return cls(devices)
+
+    @classmethod
+    def planned(cls, size: int, rank: int) -> DeviceGroup:
+        """Rank `rank` of a group that does not exist: for shapes and sizes only, without any communication."""
+        group = cls([DeviceRef.CPU()] * size)
+        group.local_ranks = (rank,)
+        return group
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def __getitem__(self, index):
+        return self.devices[index]
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def local_devices(self) -> tuple[DeviceRef, ...]:
+        return tuple(self.devices[rank] for rank in self.local_ranks)
+
+    def all_reduce(self, xs: list[np.ndarray]) -> list[np.ndarray]:
+        """The sum over all ranks in rank order, once for every local shard; the dtype stays."""
+        self._check(xs)
+        if self.comm is not None:
+            return [self.comm.all_reduce(xs[0])]
+        if self.size == 1:
+            return [xs[0]]
+        total = _sum_in_order(xs)
+        return [total] * len(xs)
+
+    def all_gather(self, xs: list[np.ndarray], axis: int = -1) -> list[np.ndarray]:
+        """The shards joined along `axis` in rank order, once for every local shard; sizes may differ."""
+        self._check(xs)
+        if self.comm is not None:
+            return [self.comm.all_gather(xs[0], axis=axis)]
+        return [np.concatenate(xs, axis=axis)] * len(xs)
+
+    def _check(self, xs: list[np.ndarray]) -> None:
+        if len(xs) != len(self.local_ranks):
+            raise ValueError(f"{len(xs)} arrays were given for {len(self.local_ranks)} local shards")
+
+
+def _sum_in_order(xs: list[np.ndarray]) -> np.ndarray:
+    """x0 + x1 + ...; 16-bit values are summed in float32 and rounded once."""
+    wide = np.float32 if xs[0].dtype.itemsize == 2 else xs[0].dtype
+    total = xs[0].astype(wide)
+    for x in xs[1:]:
+        total += x
+    return total.astype(xs[0].dtype, copy=False)

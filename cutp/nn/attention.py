@@ -1,0 +1,112 @@
+"""Grouped-query attention with rotary positions over the paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cutp.comm.device_group import DeviceGroup
+from cutp.comm.partition import split_heads
+from cutp.kv_cache.paged import PagedKVCache
+from cutp.nn.linear import Linear, qkv_linear
+from cutp.nn.module import Module, ShardableModule, Weight, sharded
+from cutp.nn.norm import RMSNorm
+from cutp.nn.ragged_batch import RaggedBatch
+from cutp.nn.rotary_embedding import RotaryEmbedding
+from cutp.nn.sharding import HeadSegment, ShardingStrategy
+from cutp.ops.attention import paged_attention
+from cutp.ops.kv_write import kv_write
+from cutp.ops.rotary import apply_rotary
+
+
+class AttentionWithRope(ShardableModule):
+    """softmax(scale * rope(q) rope(k)^T) v, projected back; one device's heads.
+
+    rope: positions, or None for a layer without them. n_kv_heads: each serves n_heads / n_kv_heads query heads.
+    has_bias, has_output_bias: biases of the q/k/v and of the output projection. qk_norm_eps: RMS-normalises every
+    query and key head before the rotation (weights `q_norm`, `k_norm`). clip_qkv: clamps the projections to
+    [-clip, clip]. scale: default 1 / sqrt(head_dim). window, softcap, has_sinks: see
+    `cutp.ops.attention.paged_attention`.
+
+    Accepts the strategies replicate and tensor_parallel; under the second a shard has whole heads and its result is
+    a partial sum over ranks.
+    """
+
+    def __init__(self, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: np.dtype,
+                 rope: RotaryEmbedding | None, *, has_bias: bool = False, has_output_bias: bool | None = None,
+                 qk_norm_eps: float | None = None, clip_qkv: float | None = None, scale: float | None = None,
+                 window: int | None = None, softcap: float | None = None, has_sinks: bool = False):
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.rope = rope
+        self.clip_qkv = clip_qkv
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.window, self.softcap = window, softcap
+        self.qkv_proj = qkv_linear(hidden_dim, n_heads, n_kv_heads, head_dim, dtype, has_bias=has_bias)
+        output_bias = has_bias if has_output_bias is None else has_output_bias
+        self.o_proj = Linear(n_heads * head_dim, hidden_dim, dtype, has_bias=output_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, dtype, qk_norm_eps, multiply_before_cast=False)
+            self.k_norm = RMSNorm(head_dim, dtype, qk_norm_eps, multiply_before_cast=False)
+        self.sinks = Weight((n_heads,), dtype) if has_sinks else None
+
+    def __call__(self, layer_idx: int, x: np.ndarray, cache: PagedKVCache, batch: RaggedBatch) -> np.ndarray:
+        """x [T, hidden] -> [T, hidden]; writes the new keys and values into layer `layer_idx` of `cache`."""
+        return self.o_proj(self.attended(layer_idx, x, cache, batch))
+
+    def attended(self, layer_idx: int, x: np.ndarray, cache: PagedKVCache, batch: RaggedBatch) -> np.ndarray:
+        """The input of o_proj: [T, heads of this shard * head_dim]."""
+        qkv = self.qkv_proj(x)
+        if self.clip_qkv is not None:
+            qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv)
+        q, k, v = (part.reshape(len(x), -1, self.head_dim)
+                   for part in np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            cos, sin = batch.rotary(self.rope, x.dtype)
+            q = apply_rotary(q, cos, sin, interleaved=self.rope.interleaved)
+            k = apply_rotary(k, cos, sin, interleaved=self.rope.interleaved)
+        pages = cache.blocks[layer_idx]
+        kv_write(k, v, pages, batch.slots)
+        y = paged_attention(q, pages, batch.lookup_table, batch.input_row_offsets, batch.cache_lengths, self.scale,
+                            window=self.window, softcap=self.softcap,
+                            sinks=None if self.sinks is None else self.sinks.data)
+        return y.reshape(len(x), -1)
+
+    def _accepts(self, strategy: ShardingStrategy) -> bool:
+        return strategy.kind in ("replicate", "tensor_parallel")
+
+    def _shard(self, strategy: ShardingStrategy, rank: int) -> AttentionWithRope:
+        part = self._copy()
+        size = strategy.num_devices
+        part.qkv_proj = self.qkv_proj._shard(strategy, rank)
+        whole = ShardingStrategy.replicate(size)
+        if strategy.is_replicate:
+            columns = heads = whole
+        else:
+            share = split_heads(self.n_heads, self.n_kv_heads, size, rank)
+            part.n_heads, part.n_kv_heads = share.n_heads, share.n_kv_heads
+            columns = ShardingStrategy.head_aware_columnwise(size, self.n_heads, self.head_dim, self.n_kv_heads)
+            heads = ShardingStrategy.segmented(size, 0, [HeadSegment(self.n_heads, 1, self.n_kv_heads)])
+        part.o_proj = self.o_proj._shard(columns, rank)
+        if self.q_norm is not None:
+            part.q_norm, part.k_norm = self.q_norm._shard(whole, rank), self.k_norm._shard(whole, rank)
+        if self.sinks is not None:
+            part.sinks = self.sinks.shard(heads, rank)
+        return part
+
+
+class TensorParallelAttentionWithRope(Module):
+    """`AttentionWithRope` divided by heads over the devices; its result is the sum over all of them."""
+
+    def __init__(self, attention: AttentionWithRope, devices):
+        self.group = DeviceGroup.of(devices)
+        self.shards = sharded(attention, ShardingStrategy.tensor_parallel(self.group.size), self.group)
+
+    def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
+                 batch: RaggedBatch) -> list[np.ndarray]:
+        """One [T, hidden] a local device -> the same."""
+        return self.group.all_reduce([shard(layer_idx, x, cache, batch)
+                                      for shard, x, cache in zip(self.shards, xs, caches, strict=True)])

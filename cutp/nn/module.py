@@ -1,0 +1,191 @@
+"""The module tree: weights that know their full shape and this rank's share, and modules that hold them.
+
+Building a module takes no memory: a weight is a shape until it is loaded. So a model of any size can be built to be
+measured (`cutp info`), sharded, and only then read slice by slice.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+
+from cutp.comm.device_group import DeviceGroup
+from cutp.errors import ConfigError, ShapeMismatchError
+from cutp.nn.sharding import Ranges, ShardingStrategy
+
+# Where weights live on the CPU: NumPy multiplies float32 matrices 10 to 100 times faster than 16-bit ones.
+CPU_STORAGE = np.dtype(np.float32)
+
+
+class Weight:
+    """One named parameter: `shape` of the whole tensor, `dtype` its values are rounded to, and one rank's share.
+
+    data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype, *, strategy: ShardingStrategy | None = None,
+                 rank: int = 0):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.strategy = strategy
+        self.rank = rank
+        self.data: np.ndarray | None = None
+
+    @property
+    def axis(self) -> int | None:
+        """The divided axis, or None when this rank holds the whole tensor."""
+        return None if self.ranges is None else self.strategy.axis
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """The (start, stop) pairs this rank holds along `axis`, or None for the whole tensor."""
+        return None if self.strategy is None else self.strategy.ranges(self.shape, self.rank)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self.shape if self.strategy is None else self.strategy.local_shape(self.shape, self.rank)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes of this rank's share in the weight's own dtype."""
+        return math.prod(self.local_shape) * self.dtype.itemsize
+
+    def shard(self, strategy: ShardingStrategy, rank: int) -> Weight:
+        """`rank`'s share as a weight of its own; data that is present is cut along. ConfigError if already cut."""
+        if self.strategy is not None:
+            raise ConfigError("a weight that is already a shard cannot be sharded again")
+        part = Weight(self.shape, self.dtype, strategy=strategy, rank=rank)
+        part.local_shape  # noqa: B018  (raises now, not at load, when the strategy does not fit the shape)
+        if self.data is not None:
+            part.store(cut(self.data, part.axis, part.ranges))
+        return part
+
+    def store(self, array: np.ndarray) -> None:
+        """Takes `array`, which must have the local shape, as the data; ShapeMismatchError otherwise."""
+        if tuple(array.shape) != self.local_shape:
+            raise ShapeMismatchError(f"an array of shape {tuple(array.shape)} was stored in a weight whose share has "
+                                     f"shape {self.local_shape}")
+        if array.dtype != self.dtype:
+            array = array.astype(self.dtype)
+        if self.data is None:
+            self.data = np.empty(self.local_shape, CPU_STORAGE)
+        self.data[...] = array
+
+
+def cut(array: np.ndarray, axis: int | None, ranges: Ranges | None) -> np.ndarray:
+    """The parts `ranges` of `array` along `axis`, joined; the whole array when there are none."""
+    if ranges is None:
+        return array
+    return np.concatenate([array.take(range(start, stop), axis=axis) for start, stop in ranges], axis=axis)
+
+
+class Shards(list):
+    """The shards of one module that this process holds; they share the module's name in the tree."""
+
+
+class Module:
+    """A node of the tree. Attributes that are weights, modules or lists of modules are its children.
+
+    Two kinds of children do not appear in the names, their weights are named as if they were the parent's: a
+    `transparent` module, and the shards in an attribute called `shards` (a parallel layer is named like the layer it
+    divides).
+    """
+
+    transparent = False
+
+    def named_weights(self, prefix: str = "") -> Iterator[tuple[str, Weight]]:
+        """(dotted name, weight) of every weight below; each local shard of a weight comes under the same name."""
+        seen: set[int] = set()
+        for name, weight in self._walk(prefix):
+            if id(weight) not in seen:  # a tied weight belongs to the module that comes first
+                seen.add(id(weight))
+                yield name, weight
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it, parents first."""
+        yield self
+        for _, child in self._children():
+            if isinstance(child, Module):
+                yield from child.modules()
+
+    def materialize(self) -> None:
+        """Prepares storage before the weights are loaded; modules that stack weights override it."""
+
+    def _children(self) -> Iterator[tuple[str, Weight | Module]]:
+        """(name, child); the name is empty for a child whose weights are named as the parent's own."""
+        for key, value in vars(self).items():
+            if isinstance(value, Shards):
+                for shard in value:
+                    yield "" if key == "shards" else key, shard
+            elif isinstance(value, (Weight, Module)):
+                yield "" if getattr(value, "transparent", False) else key, value
+            elif isinstance(value, list) and value and isinstance(value[0], Module):
+                for index, item in enumerate(value):
+                    yield f"{key}.{index}", item
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Weight]]:
+        for name, child in self._children():
+            if isinstance(child, Weight):
+                yield prefix + name, child
+            else:
+                yield from child._walk(f"{prefix}{name}." if name else prefix)
+
+
+class ShardableModule(Module):
+    """A module that can be divided: set `sharding_strategy`, then `shard(devices)`.
+
+    Subclasses say in `_accepts` which strategies fit and build one rank's share in `_shard`.
+    """
+
+    _strategy: ShardingStrategy | None = None
+
+    @property
+    def sharding_strategy(self) -> ShardingStrategy | None:
+        return self._strategy
+
+    @sharding_strategy.setter
+    def sharding_strategy(self, strategy: ShardingStrategy) -> None:
+        if not self._accepts(strategy):
+            raise ConfigError(f"{type(self).__name__} cannot be sharded by strategy {strategy.kind!r}")
+        self._strategy = strategy
+
+    def shard(self, devices) -> Sequence[Self]:
+        """The shards of `devices` (a DeviceGroup or a list of DeviceRef) that this process holds.
+
+        One shard under MPI, one for every device when the devices live in this process. Data that is present is
+        cut along. Raises ConfigError without a strategy, or when it is for another number of devices.
+        """
+        group = DeviceGroup.of(devices)
+        if self._strategy is None:
+            raise ConfigError(f"{type(self).__name__} has no sharding strategy; set sharding_strategy first")
+        if self._strategy.num_devices != group.size:
+            raise ConfigError(f"the sharding strategy of {type(self).__name__} is for {self._strategy.num_devices} "
+                              f"devices, but {group.size} were given")
+        return Shards(self._shard(self._strategy, rank) for rank in group.local_ranks)
+
+    def _accepts(self, strategy: ShardingStrategy) -> bool:
+        raise NotImplementedError
+
+    def _shard(self, strategy: ShardingStrategy, rank: int) -> Self:
+        raise NotImplementedError
+
+    def _copy(self) -> Self:
+        """A shallow copy without a strategy, for `_shard` to put the cut weights in."""
+        other = copy.copy(self)
+        other._strategy = None
+        return other
+
+
+def sharded(module: ShardableModule, strategy: ShardingStrategy, devices) -> Sequence[ShardableModule]:
+    """Sets the strategy of `module` and shards it."""
+    module.sharding_strategy = strategy
+    return module.shard(devices)

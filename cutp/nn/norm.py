@@ -1,0 +1,63 @@
+"""Normalisation layers. They are replicated on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cutp.errors import ConfigError
+from cutp.nn.module import ShardableModule, Weight
+from cutp.nn.sharding import ShardingStrategy
+from cutp.ops.rms_norm import layer_norm, rms_norm
+
+
+class _Norm(ShardableModule):
+    """What both norms share: a weight [dim] that every rank holds whole."""
+
+    def __init__(self, dim: int, dtype: np.dtype, eps: float):
+        self.dim, self.eps = dim, eps
+        self.weight = Weight((dim,), dtype)
+
+    def _check(self, x: np.ndarray) -> None:
+        if x.shape[-1] != self.dim:
+            raise ConfigError(f"{type(self).__name__} of dimension {self.dim} was given an array of shape {x.shape}")
+
+    def _accepts(self, strategy: ShardingStrategy) -> bool:
+        return strategy.is_replicate
+
+    def _shard(self, strategy: ShardingStrategy, rank: int):
+        part = self._copy()
+        for name, value in vars(self).items():
+            if isinstance(value, Weight):
+                setattr(part, name, value.shard(strategy, rank))
+        return part
+
+
+class RMSNorm(_Norm):
+    """x / rms(x) * (weight + weight_offset) over the last axis (see `cutp.ops.rms_norm.rms_norm`).
+
+    weight_offset 1.0 and multiply_before_cast True are Gemma's choices; 0.0 and False are Llama's.
+    """
+
+    def __init__(self, dim: int, dtype: np.dtype, eps: float = 1e-6, weight_offset: float = 0.0,
+                 multiply_before_cast: bool = True):
+        super().__init__(dim, dtype, eps)
+        self.weight_offset, self.multiply_before_cast = weight_offset, multiply_before_cast
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x [..., dim] -> the same shape and dtype. ConfigError when the last axis is not `dim`."""
+        self._check(x)
+        return rms_norm(x, self.weight.data, self.eps, weight_offset=self.weight_offset,
+                        multiply_before_cast=self.multiply_before_cast)
+
+
+class LayerNorm(_Norm):
+    """(x - mean) / std * weight + bias over the last axis."""
+
+    def __init__(self, dim: int, dtype: np.dtype, eps: float = 1e-5, use_bias: bool = True):
+        super().__init__(dim, dtype, eps)
+        self.bias = Weight((dim,), dtype) if use_bias else None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x [..., dim] -> the same shape and dtype. ConfigError when the last axis is not `dim`."""
+        self._check(x)
+        return layer_norm(x, self.weight.data, None if self.bias is None else self.bias.data, self.eps)

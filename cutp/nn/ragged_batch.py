@@ -1,0 +1,68 @@
+"""One forward pass's input: the new tokens of several requests, concatenated without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from cutp.nn.rotary_embedding import RotaryEmbedding
+from cutp.ops.rotary import rotary_table
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """The new tokens of B requests, T in all, and where their keys and values go.
+
+    tokens: int [T]. input_row_offsets: int [B + 1], request b's tokens are rows offsets[b] .. offsets[b + 1].
+    cache_lengths: int [B], tokens each request has in the cache already. lookup_table: int [B, pages], the pages of
+    each request in order. page_size: tokens a page. rope_lengths: int [B], the number of tokens each request may
+    reach, which decides its rotary table where that depends on the length; it must not change during a request.
+    """
+
+    tokens: np.ndarray
+    input_row_offsets: np.ndarray
+    cache_lengths: np.ndarray
+    lookup_table: np.ndarray
+    page_size: int
+    rope_lengths: np.ndarray
+    _rotary: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """New tokens of each request, [B]."""
+        return np.diff(self.input_row_offsets)
+
+    @cached_property
+    def request_of_token(self) -> np.ndarray:
+        """The request each token belongs to, [T]."""
+        return np.repeat(np.arange(len(self.cache_lengths)), self.lengths)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Position of each token in its request, [T]."""
+        shift = self.cache_lengths - self.input_row_offsets[:-1]
+        return np.arange(len(self.tokens)) + np.repeat(shift, self.lengths)
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """Cache slot of each token, [T]: page * page_size + offset in the page."""
+        page, offset = np.divmod(self.positions, self.page_size)
+        return self.lookup_table[self.request_of_token, page] * self.page_size + offset
+
+    def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of every token for `rope`, [T, rotary_dim / 2] each; computed once a pass."""
+        key = (id(rope), dtype)
+        if key not in self._rotary:
+            self._rotary[key] = self._rotary_table(rope, dtype)
+        return self._rotary[key]
+
+    def _rotary_table(self, rope: RotaryEmbedding, dtype: np.dtype):
+        if not rope.length_dependent:
+            common = rope.frequencies(0)
+            return rotary_table(self.positions, common.inv_freq, common.attention_scaling, dtype)
+        each = [rope.frequencies(int(length)) for length in self.rope_lengths]
+        inv_freq = np.stack([frequencies.inv_freq for frequencies in each])[self.request_of_token]
+        scaling = np.array([frequencies.attention_scaling for frequencies in each], np.float32)
+        return rotary_table(self.positions, inv_freq, scaling[self.request_of_token], dtype)

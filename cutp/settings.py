@@ -1,0 +1,27 @@
+"""Environment variables: one typed table. A bad value is an error, never ignored."""
+
+from __future__ import annotations
+
+import os
+
+from cutp.errors import ConfigError
+
+COMM_TIMEOUT_DEFAULT = 600.0
+
+
+def comm_timeout() -> float:
+    """Seconds any rank waits for another (`CUTP_COMM_TIMEOUT`, default 600)."""
+    return _positive_float("CUTP_COMM_TIMEOUT", COMM_TIMEOUT_DEFAULT)
+
+
+def _positive_float(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(f"{name}={text!r} is not a positive number of seconds")
+    return value

@@ -1,0 +1,25 @@
+"""Settings for the whole test session."""
+
+import numpy as np  # noqa: F401  (loads BLAS, so that its threads can be capped)
+import pytest
+from threadpoolctl import threadpool_limits
+
+from tests import tiny_llama
+
+# The matrices of the tests are tiny: more BLAS threads only get in each other's way.
+threadpool_limits(1, user_api="blas")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(case): the directory of that tiny checkpoint, written once a session."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def directory(case: str):
+        path = root / case
+        if not path.exists():
+            path.mkdir()
+            tiny_llama.write_checkpoint(case, path)
+        return path
+
+    return directory

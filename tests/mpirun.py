@@ -1,0 +1,95 @@
+"""Running test programs under mpirun, with hard limits: a test that hangs must fail, and leave nothing behind."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+_LAUNCHER_PREFIXES = ("PMI", "HYDI", "HYDRA_", "MPI", "OMPI_", "PMIX_", "PRTE_", "SLURM_")
+
+
+def find_mpirun() -> str | None:
+    """The mpirun beside this Python, which belongs to the MPI that mpi4py finds there; else the one on PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
+
+
+@functools.cache
+def _is_open_mpi(mpirun: str) -> bool:
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    return "open mpi" in (version.stdout + version.stderr).lower() or "open-mpi" in version.stdout.lower()
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This environment without traces of a launcher, with the checkout importable and one BLAS thread a rank."""
+    env = {
+        name: value for name, value in os.environ.items()
+        if name.startswith("MPI4PY_") or not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), env.get("PYTHONPATH")]))
+    env.update(extra or {})
+    return env
+
+
+def run_mpi(
+    n: int, argv: Sequence[str | os.PathLike[str]], *, timeout: float = 60, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`mpirun -n N argv...`, with its output as text and any exit status.
+
+    `env` adds to a cleaned environment. After `timeout` seconds all processes are killed and AssertionError is
+    raised, with the output so far.
+    """
+    mpirun = find_mpirun()
+    assert mpirun is not None, "mpirun not found: mark the test with needs_mpirun"
+    command = [mpirun, "-n", str(n)]
+    if _is_open_mpi(mpirun):
+        command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    command += [os.fspath(a) for a in argv]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="replace", env=clean_environment(env), start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"still running after {timeout} s: {' '.join(command)}\n--- stdout\n{out}\n--- stderr\n{err}"
+        ) from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@functools.cache
+def why_no_mpirun() -> str | None:
+    """Why tests cannot run under mpirun; None if they can. Starts two ranks, once."""
+    if find_mpirun() is None:
+        return "mpirun not found, neither beside this Python nor on PATH"
+    if importlib.util.find_spec("mpi4py") is None:
+        return "mpi4py is not installed"
+    probe = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size)"
+    try:
+        done = run_mpi(2, [sys.executable, "-c", probe], timeout=30)
+    except AssertionError as error:
+        return f"mpirun and mpi4py do not work together: {error}"
+    if done.returncode != 0 or done.stdout.split() != ["size", "2"] * 2:
+        return f"mpirun and mpi4py do not work together: {done.returncode} {done.stdout} {done.stderr[-400:]}"
+    return None
+
+
+needs_mpirun = pytest.mark.skipif(why_no_mpirun() is not None, reason=why_no_mpirun() or "")
