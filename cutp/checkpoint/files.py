@@ -37,7 +37,8 @@ def resolve_model(model: str | os.PathLike | None = None) -> Path:
     match = _REPOSITORY.fullmatch(text)
     # A Path object, or a string that starts like a path, was never meant as a repository id.
     if match is None or isinstance(model, Path) or ".." in text:
-        raise CheckpointError(f"there is no directory {str(path)[:200]}", hint="pass a directory with config.json and safetensors")
+        message = f"there is no directory {str(path)[:200]}"
+        raise CheckpointError(message, hint="pass a directory with config.json and safetensors")
     return _in_cache(match["id"], match["revision"], path)
 
 

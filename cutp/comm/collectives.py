@@ -14,6 +14,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from cutp.comm.partition import split_range
 from cutp.comm.transport import POINT_TO_POINT, Exchange, Transport
 from cutp.errors import ConfigError
 
@@ -23,15 +24,6 @@ WHOLE_ARRAY_BYTES = 64 * 1024
 
 _SIXTEEN_BIT_FLOATS = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _SUMMABLE = frozenset(np.dtype(c) for c in "bBhHiIlLqQefd") | {np.dtype(ml_dtypes.bfloat16)}
-
-
-def split_bounds(n: int, parts: int) -> list[int]:
-    """Where n elements are cut into `parts` slices: part r is bounds[r]:bounds[r + 1].
-
-    The first n % parts slices are one element longer than the others.
-    """
-    each, longer = divmod(n, parts)
-    return [r * each + min(r, longer) for r in range(parts + 1)]
 
 
 def sum_in_rank_order(parts: Sequence[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
@@ -96,9 +88,9 @@ class ArrayCollectives:
     def reduce_scatter(self, x: np.ndarray, axis: int = 0) -> np.ndarray:
         x, axis = _array_with_axis(_summable(x, "reduce_scatter"), axis, "reduce_scatter")
         t = self._transport
-        bounds = split_bounds(x.shape[axis], t.size)
         before = (slice(None),) * axis
-        slices = [np.asarray(x[(*before, slice(bounds[r], bounds[r + 1]))], order="C") for r in range(t.size)]
+        cuts = [slice(*split_range(x.shape[axis], t.size, r)) for r in range(t.size)]
+        slices = [np.asarray(x[(*before, cut)], order="C") for cut in cuts]
         call = f"reduce_scatter({_describe(x.dtype, x.shape)}, axis={axis})"
         got = t.exchange(call, t.next_tag(), {r: slices[r] for r in t.peers}, t.peers)
         return sum_in_rank_order([slices[r] if r == t.rank else got[r] for r in range(t.size)])
@@ -149,7 +141,7 @@ class _SlicedReduce:
     def __init__(self, transport: Transport, x: np.ndarray, out: np.ndarray | None):
         self._transport, self._out, self._shape = transport, out, x.shape
         self._flat = x.reshape(-1)
-        self._bounds = split_bounds(x.size, transport.size)
+        self._cuts = [slice(*split_range(x.size, transport.size, r)) for r in range(transport.size)]
         self._call = _all_reduce_call(x.dtype, x.shape)
         self._tag = transport.next_tag()
         self._exchange: Exchange = transport.start(
@@ -157,7 +149,7 @@ class _SlicedReduce:
         )
 
     def _slice(self, flat: np.ndarray, r: int) -> np.ndarray:
-        return flat[self._bounds[r] : self._bounds[r + 1]]
+        return flat[self._cuts[r]]
 
     def wait(self) -> np.ndarray:
         t = self._transport

@@ -42,7 +42,8 @@ def test_chatml():
         ("{% generation %}{{ messages[1].content }}{% endgeneration %}", " Hi <b>! "),
         ("{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | length }}", "1"),
         ("{{ messages[1:][0]['content'].split('<')[0].strip() }}", "Hi"),
-        ("{{ 7 % 3 }}{{ 2 ** 5 }}{{ '-' * 3 }}{{ '%s|%5d' % ('x', 7) }}{{ '{}:{}'.format(1, 'b') }}", "132---x|    71:b"),
+        ("{{ 7 % 3 }}{{ 2 ** 5 }}{{ '-' * 3 }}", "132---"),
+        ("{{ '%s|%5d' % ('x', 7) }}{{ '{}:{}'.format(1, 'b') }}", "x|    71:b"),
         ("{{ messages[0].missing is defined }}{{ missing }}{{ tools is none }}", "FalseTrue"),
         ("{{ strftime_now('%d %b %Y') }}", "05 Mar 2024"),
         ("{% set t %}a{{ 1 }}{% endset %}{{ t | upper }}", "A1"),
@@ -76,8 +77,8 @@ BOMBS = {
     "list times": "{{ ([1] * 10**9) | length }}",
     "power": "{{ 9 ** (9 ** 9) }}",
     "power of power": "{% set x = 9 ** 999 %}{% set x = x ** 999 %}{% set x = x ** 999 %}{{ x }}",
-    "doubling with +": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubling with ~": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "doubling with +": "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "doubling with ~": "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "doubling unrolled": "{% set s = 'abc' %}" + "{% set s = s ~ s %}" * 99 + "{{ s | length }}",
     "doubling set block": "{% set s = 'abc' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 99,
     "doubling list": "{% set s = [1] %}" + "{% set s = [s, s] %}" * 99 + "{{ s }}",
@@ -113,7 +114,7 @@ BOMBS = {
     "date width": "{{ strftime_now('%1000000000d') }}",
     "self reference": "{% set ns = namespace() %}{% set ns.a = ns %}{% for i in range(99999) %}{{ ns }}" + "x" * 1000
     + "{% endfor %}",
-    "deep list": "{% set ns = namespace(l=[]) %}{% for i in range(99999) %}{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l }}",
+    "deep list": "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}{{ n.l }}",
 }
 
 

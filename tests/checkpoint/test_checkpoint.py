@@ -104,8 +104,11 @@ def test_index_that_names_a_pickle(sharded):
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "x"}',
-                                  '{"weight_map": {"a": "x", "a": "y"}}', "{" * 100000, '{"weight_map": {"a": NaN}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "x"}', "{" * 100_000,
+     '{"weight_map": {"a": "x", "a": "y"}}', '{"weight_map": {"a": NaN}}'],
+)  # fmt: skip
 def test_malformed_index(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="index.json"):

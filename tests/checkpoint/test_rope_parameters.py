@@ -81,8 +81,8 @@ def test_missing_fields(kind, missing):
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    [("linear", {"factor": 0}), ("linear", {"factor": "2"}), ("linear", {"factor": True}), ("default", {"rope_theta": 0}),
-     ("default", {"rope_theta": 1}), ("default", {"partial_rotary_factor": 1.5}),
+    [("linear", {"factor": 0}), ("linear", {"factor": "2"}), ("linear", {"factor": True}),
+     ("default", {"rope_theta": 0}), ("default", {"rope_theta": 1}), ("default", {"partial_rotary_factor": 1.5}),
      ("llama3", {"high_freq_factor": 1.0}), ("llama3", {"original_max_position_embeddings": 0}),
      ("longrope", {"short_factor": [1.0]}), ("longrope", {"long_factor": [1.0, "x"]}),
      ("longrope", {"long_factor": [1.0, 0]}), ("yarn", {"truncate": 1}), ("yarn", {"beta_fast": -1})],

@@ -15,7 +15,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutp.checkpoint import SafetensorsFile, safetensors as module, write_safetensors
+from cutp.checkpoint import SafetensorsFile, write_safetensors
+from cutp.checkpoint import safetensors as module
 from cutp.checkpoint.safetensors_header import DTYPES
 from cutp.errors import CheckpointError, ClosedError, MissingTensorError, TruncatedFileError
 

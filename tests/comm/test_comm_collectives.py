@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import collective_cases as cases
 import ml_dtypes
 import numpy as np
 import pytest
 
 from cutp.comm import Communicator, run_threads
-from cutp.comm.collectives import WHOLE_ARRAY_BYTES, split_bounds, sum_in_rank_order
+from cutp.comm.collectives import WHOLE_ARRAY_BYTES, sum_in_rank_order
 from cutp.errors import CommError, ConfigError, CutpError
+from tests.comm import collective_cases as cases
 
 SIZES = [1, 2, 3, 4, 8]
 
@@ -62,12 +62,6 @@ def test_overflow_and_nan_do_not_warn():
 
     got = run_threads(2, program)[0]
     assert got[0] == np.inf and np.isnan(got[1:]).all()
-
-
-def test_split_bounds_are_remainder_first():
-    assert split_bounds(10, 4) == [0, 3, 6, 8, 10]
-    assert split_bounds(2, 3) == [0, 1, 2, 2]
-    assert split_bounds(0, 2) == [0, 0, 0]
 
 
 def test_sum_does_not_touch_its_parts():

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "comm")]
+from cutp.comm import run_threads
+from tests.comm import collective_cases
+from tests.mpirun import needs_mpirun, run_mpi
 
-import collective_cases  # noqa: E402
-from mpirun import needs_mpirun, run_mpi  # noqa: E402
-
-from cutp.comm import run_threads  # noqa: E402
+PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 pytestmark = needs_mpirun
 
@@ -25,7 +23,7 @@ pytestmark = needs_mpirun
 def run(n, what, *args, timeout=40, **env):
     """Exit status, the lines of each rank, stderr and the seconds it took."""
     began = time.monotonic()
-    done = run_mpi(n, [sys.executable, HERE / "programs" / "comm_failures.py", what, *args], timeout=timeout, env=env)
+    done = run_mpi(n, [sys.executable, PROGRAMS / "comm_failures.py", what, *args], timeout=timeout, env=env)
     lines = {r: [] for r in range(n)}
     for rank, text in re.findall(r"^\[(\d+)\] [\d.]+ (.*)$", done.stdout, re.M):
         lines[int(rank)].append(text)
@@ -38,8 +36,7 @@ def waited(line):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_collectives_against_numpy_and_threads(n):
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "comm")])
-    done = run_mpi(n, [sys.executable, HERE / "programs" / "comm_cases.py"], env={"PYTHONPATH": path})
+    done = run_mpi(n, [sys.executable, PROGRAMS / "comm_cases.py"])
     assert done.returncode == 0, done.stderr
     reports = sorted(json.loads(line) for line in done.stdout.splitlines())
     assert [r[:3] for r in reports] == [[rank, rank, n] for rank in range(n)]
@@ -70,7 +67,8 @@ def test_fail_wakes_the_peers(n):
     for r in range(n):
         if r != 1:
             for line in lines[r]:
-                assert re.search(r"PeerFailedError (world )?rank 1:? failed on host \S+: ValueError: no more", line), line
+                told = r"PeerFailedError (world )?rank 1:? failed on host \S+: ValueError: no more"
+                assert re.search(told, line), line
             assert waited(lines[r][0]) < 0.5 + 0.4 and waited(lines[r][1]) < 0.1
 
 

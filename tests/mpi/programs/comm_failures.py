@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from cutp.comm import Communicator, as_communicator, world
-from cutp.errors import CommError, ConfigError
+from cutp.errors import ConfigError
 
 started = time.monotonic()
 
