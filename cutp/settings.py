@@ -14,6 +14,14 @@ def comm_timeout() -> float:
     return _positive_float("CUTP_COMM_TIMEOUT", COMM_TIMEOUT_DEFAULT)
 
 
+def matmul_allreduce() -> bool:
+    """Whether row-parallel products overlap their all-reduces (`CUTP_MATMUL_ALLREDUCE`, 0 or 1, default 0)."""
+    text = os.environ.get("CUTP_MATMUL_ALLREDUCE", "")
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"CUTP_MATMUL_ALLREDUCE={text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 def _positive_float(name: str, default: float) -> float:
     text = os.environ.get(name)
     if text is None or text == "":

@@ -9,7 +9,6 @@ from cutp.checkpoint.config import REQUIRED, ModelConfig, load_config
 from cutp.checkpoint.detokenizer import Detokenizer
 from cutp.checkpoint.files import cache_directory, resolve_model
 from cutp.checkpoint.generation_config import GenerationDefaults, load_generation_config
-from cutp.checkpoint.rope_parameters import RopeParameters, rope_parameters, rope_parameters_by_layer_type
 from cutp.checkpoint.safetensors import SafetensorsFile, TensorInfo, write_safetensors
 from cutp.checkpoint.tokenizer import Tokenizer
 
@@ -20,7 +19,6 @@ __all__ = [
     "Detokenizer",
     "GenerationDefaults",
     "ModelConfig",
-    "RopeParameters",
     "SafetensorsFile",
     "TensorInfo",
     "Tokenizer",
@@ -28,7 +26,5 @@ __all__ = [
     "load_config",
     "load_generation_config",
     "resolve_model",
-    "rope_parameters",
-    "rope_parameters_by_layer_type",
     "write_safetensors",
 ]

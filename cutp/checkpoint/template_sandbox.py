@@ -1,7 +1,7 @@
 """A Jinja environment in which a hostile template can neither reach Python nor use much time or memory.
 
 Jinja's immutable sandbox keeps templates away from Python internals but lets them loop and grow strings at will. Here
-every operation that can repeat or grow is metered: the template's syntax tree is rewritten so that loops, macros,
+every operation that can repeat or grow is metered: the template's syntax tree is rewritten so that loops,
 output, `~` and literals report to a meter, and operators, calls and filters are checked before they run and weighed
 after (see `template_limits`).
 """
@@ -123,13 +123,11 @@ class _Rewriter(NodeTransformer):
         attribute = nodes.EnvironmentAttribute(name, lineno=like.lineno, environment=like.environment)
         return nodes.Call(attribute, args, [], None, None, lineno=like.lineno, environment=like.environment)
 
-    def _ticking(self, node: Any) -> Any:
+    def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         tick = nodes.ExprStmt(self._hook("tick", [], node), lineno=node.lineno, environment=node.environment)
         node.body.insert(0, tick)
         return node
-
-    visit_For = visit_Macro = visit_CallBlock = _ticking
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)

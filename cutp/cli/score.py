@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import sys
 
 from cutp.cli.options import MODEL_HELP, add_engine_options, open_llm
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cutp.array.device import DeviceRef
+from cutp.comm.collectives import Pending, sum_in_rank_order
 from cutp.comm.communicator import Communicator
 from cutp.errors import ConfigError
 
@@ -69,8 +70,15 @@ class DeviceGroup(Sequence[DeviceRef]):
             return [self.comm.all_reduce(xs[0])]
         if self.size == 1:
             return [xs[0]]
-        total = _sum_in_order(xs)
+        total = sum_in_rank_order(xs)
         return [total] * len(xs)
+
+    def all_reduce_async(self, xs: list[np.ndarray]) -> PendingSum:
+        """Starts `all_reduce` and returns at once; `wait()` gives its result. `xs` must not change before that."""
+        self._check(xs)
+        if self.comm is not None:
+            return PendingSum(self.comm.all_reduce_async(xs[0]))
+        return PendingSum(None, self.all_reduce(xs))
 
     def all_gather(self, xs: list[np.ndarray], axis: int = -1) -> list[np.ndarray]:
         """The shards joined along `axis` in rank order, once for every local shard; sizes may differ."""
@@ -84,10 +92,13 @@ class DeviceGroup(Sequence[DeviceRef]):
             raise ValueError(f"{len(xs)} arrays were given for {len(self.local_ranks)} local shards")
 
 
-def _sum_in_order(xs: list[np.ndarray]) -> np.ndarray:
-    """x0 + x1 + ...; 16-bit values are summed in float32 and rounded once."""
-    wide = np.float32 if xs[0].dtype.itemsize == 2 else xs[0].dtype
-    total = xs[0].astype(wide)
-    for x in xs[1:]:
-        total += x
-    return total.astype(xs[0].dtype, copy=False)
+class PendingSum:
+    """An all-reduce under way."""
+
+    def __init__(self, pending: Pending | None, result: list[np.ndarray] | None = None):
+        self._pending = pending
+        self._result = result
+
+    def wait(self) -> list[np.ndarray]:
+        """The sum, once for every local shard. Call it once, in the order in which the sums were started."""
+        return self._result if self._pending is None else [self._pending.wait()]

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from cutp.comm.blas import cap_blas_threads, usable_cores
-from cutp.comm.mpi_exchange import FRAME_BYTES, MpiExchange
+from cutp.comm.mpi_exchange import FRAME_BYTES, MpiExchange, has_incomplete_exchanges
 from cutp.comm.transport import POINT_TO_POINT, Exchange, Transport
 from cutp.errors import CommTimeoutError, ConfigError
 
@@ -40,7 +40,8 @@ class MpiTransport(Transport):
             mpi_comm.rank, hosts, timeout, local_rank=0, local_size=1, parent=parent, world_ranks=world_ranks
         )
         self.mpi_comm = mpi_comm
-        self._sequence_tags = mpi_comm.Get_attr(MPI.TAG_UB) - _FIRST_SEQUENCE_TAG
+        # MPI promises the attribute on COMM_WORLD only, and no less than 32767.
+        self._sequence_tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767) - _FIRST_SEQUENCE_TAG
         self._failure_record: dict[str, Any] | None = None
         self._spare_frames: list[np.ndarray] = []
         self._meet_peers()
@@ -89,7 +90,7 @@ class MpiTransport(Transport):
     def release(self) -> None:
         # After a failure messages may still be on their way. Freeing the communicator would let MPI give its
         # identity to a new one, which would then receive them; so it is left to the end of the process.
-        if not MPI.Is_finalized() and not self.failed:
+        if not MPI.Is_finalized() and not self.failed and not has_incomplete_exchanges(self):
             self.mpi_comm.Free()
 
     def abort(self, code: int) -> NoReturn:

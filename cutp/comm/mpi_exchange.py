@@ -31,8 +31,9 @@ SPIN_SECONDS = 0.0015
 _FIRST_SLEEP = 20e-6
 _LONGEST_SLEEP = 1e-3
 
-# Buffers of requests that never completed. MPI may still read or write them, so they live as long as the process.
-_abandoned: list[object] = []
+# Exchanges that are not complete. MPI may still read and write their buffers, so they stay here, and if need be
+# until the process ends, whatever becomes of the code that started them.
+_incomplete: set[MpiExchange] = set()
 
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -80,6 +81,10 @@ def _decode_head(text: bytes) -> tuple[str, np.dtype, tuple[int, ...]]:
     return call, np.dtype(dtype), tuple(shape)
 
 
+def has_incomplete_exchanges(transport: MpiTransport) -> bool:
+    return any(exchange.transport is transport for exchange in _incomplete)
+
+
 def _as_bytes(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1).view(np.uint8)
 
@@ -95,10 +100,11 @@ class MpiExchange:
         self, transport: MpiTransport, call: str, tag: int, outgoing: Mapping[int, np.ndarray],
         sources: Sequence[int], into: Mapping[int, np.ndarray],
     ):
-        self._transport, self._call = transport, call
+        self.transport, self._call = transport, call
         self._incoming = [_Incoming(transport, call, tag, source, into.get(source)) for source in sources]
         # (destination, request, buffer)
         self._sends: list[tuple[int, MPI.Request, np.ndarray]] = []
+        _incomplete.add(self)
         comm = transport.mpi_comm
         frames: dict[int, np.ndarray] = {}
         for dest, x in outgoing.items():
@@ -127,17 +133,13 @@ class MpiExchange:
 
     def wait(self) -> dict[int, np.ndarray]:
         try:
-            wait_until_done(self._transport, self._call, self)
+            wait_until_done(self.transport, self._call, self)
         except BaseException:
-            self._abandon()
+            for incoming in self._incoming:
+                incoming.cancel()
             raise
+        _incomplete.discard(self)
         return {incoming.source: incoming.result for incoming in self._incoming}
-
-    def _abandon(self) -> None:
-        """Let go of the requests that are still pending without pulling their memory away from MPI."""
-        _abandoned.append(self._sends)
-        for incoming in self._incoming:
-            incoming.abandon()
 
 
 class _Incoming:
@@ -185,8 +187,7 @@ class _Incoming:
         self._transport.give_frame_back(frame)
         self._frame = None
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         for request in self._requests:
             if request != MPI.REQUEST_NULL:
                 request.Cancel()
-        _abandoned.append((self._requests, self._frame, self._body))

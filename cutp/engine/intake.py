@@ -77,7 +77,7 @@ class Intake:
         return Request(index, text, ids, max_total, params, frozenset(ends), stream)
 
     def _complete(self, params: Sequence[dict]) -> list[dict]:
-        """The parameters checked, with the checkpoint's defaults and a seed; the requests of a call share a drawn one."""
+        """The parameters checked, with the checkpoint's defaults and a seed (one is drawn for all who have none)."""
         drawn = secrets.randbits(63)
         result = []
         for each in params:

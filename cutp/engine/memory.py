@@ -41,8 +41,8 @@ def check_weights_fit(model: Module, comm: Communicator) -> None:
     """CapacityError with the arithmetic when this host cannot hold the weights of its ranks."""
     available, needed = available_bytes(), weight_bytes(model)
     if available is not None and needed * comm.local_size > available:
-        raise CapacityError(f"weights take {_gb(needed)} a rank as float32, times {comm.local_size} ranks on this host: "
-                            f"more than the {_gb(available)} that are free", hint="use more hosts, or a smaller model")
+        raise CapacityError(f"weights take {_gb(needed)} a rank as float32, times {comm.local_size} ranks on this "
+                            f"host, and {_gb(available)} are free", hint="use more hosts, or a smaller model")
 
 
 def plan_cache_pages(params: KVCacheParams, max_len: int, comm: Communicator) -> int:

@@ -98,5 +98,7 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
         return
     good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if not good or not low <= value <= high or (open_low and value == low):
-        bounds = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        bounds = f"{'above' if open_low else 'at least'} {low:g}"
+        if high < math.inf:
+            bounds += f" and at most {high:g}"
         raise RequestError(f"{name} must be a number {bounds}, not {value!r}")

@@ -49,7 +49,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next pass, in the order the requests came."""
+        """The chunks of the next pass: generating requests, then prompts, each in the order they came."""
         self._admit()
         budget = self.max_batch_tokens
         chunks = []

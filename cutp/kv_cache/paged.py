@@ -51,7 +51,7 @@ class PageAllocator:
     def take(self, count: int) -> list[int]:
         """`count` pages; CapacityError when fewer are free."""
         if count > len(self._free):
-            raise CapacityError(f"{count} cache pages were asked for and {len(self._free)} of {self.num_pages} are free")
+            raise CapacityError(f"{count} cache pages were asked for, {len(self._free)} of {self.num_pages} are free")
         return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cutp.checkpoint.config import ModelConfig
 from cutp.errors import ConfigError, ModelConfigError
-from cutp.checkpoint.rope_parameters import rope_parameters as read_rope_parameters
+from cutp.models.rope_config import rope_parameters
 from cutp.nn.rope_parameters import RopeParameters
 
 # A type that stretches the table serves factor times the positions it was trained on.
@@ -55,7 +55,7 @@ class DecoderConfig:
             rms_norm_eps=config.positive_float("rms_norm_eps", 1e-6),
             hidden_act=config.string("hidden_act", "silu"),
             tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-            rope=read_rope_parameters(config),
+            rope=rope_parameters(config),
         )
 
     @property
@@ -77,5 +77,5 @@ class DecoderConfig:
         if not 1 <= size <= self.max_tensor_parallel:
             raise ConfigError(
                 f"tensor-parallel size {size} does not fit this model: it has {self.num_attention_heads} attention "
-                f"heads, {self.intermediate_size} feed-forward channels and {self.vocab_size} vocabulary rows to divide",
+                f"heads, {self.intermediate_size} feed-forward channels and {self.vocab_size} tokens to divide",
                 hint=f"sizes 1 to {self.max_tensor_parallel} work")

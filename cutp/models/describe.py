@@ -18,9 +18,9 @@ from cutp.models.registry import find_family
 def describe_model(model: str | os.PathLike | None, tp: int = 1) -> dict[str, Any]:
     """The facts of a model directory at tensor-parallel size `tp`, JSON-safe.
 
-    Sizes are in bytes of the dtype that config.json names (float32 if none); `..._per_rank` lists hold one entry a rank. The tensors are checked
-    against config.json, so what this accepts can be loaded. Raises CheckpointError, or ConfigError for a `tp` that
-    does not fit.
+    Sizes are in bytes of the dtype that config.json names (float32 if none); `..._per_rank` lists hold one entry a
+    rank. The tensors are checked against config.json, so what this accepts can be loaded. Raises CheckpointError, or
+    ConfigError for a `tp` that does not fit.
     """
     path = resolve_model(model)
     config = load_config(path)

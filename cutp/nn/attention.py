@@ -59,7 +59,8 @@ class AttentionWithRope(ShardableModule):
         """The input of o_proj: [T, heads of this shard * head_dim]."""
         qkv = self.qkv_proj(x)
         if self.clip_qkv is not None:
-            qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv)
+            # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
+            qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv).astype(x.dtype, copy=False)
         q, k, v = (part.reshape(len(x), -1, self.head_dim)
                    for part in np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1))
         if self.q_norm is not None:

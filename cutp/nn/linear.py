@@ -128,8 +128,6 @@ class ColumnParallelLinear(Module):
 
     def __init__(self, in_dim: int, out_dim: int, dtype: np.dtype, devices, tied_weight: Module | None = None, *,
                  has_bias: bool = False):
-        if not len(devices):
-            raise ConfigError("ColumnParallelLinear needs at least one device")
         if tied_weight is not None and has_bias:
             raise ConfigError("ColumnParallelLinear cannot have a bias when its weight is tied")
         self.group = DeviceGroup.of(devices)

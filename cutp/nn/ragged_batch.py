@@ -42,8 +42,8 @@ class RaggedBatch:
     @cached_property
     def positions(self) -> np.ndarray:
         """Position of each token in its request, [T]."""
-        shift = self.cache_lengths - self.input_row_offsets[:-1]
-        return np.arange(len(self.tokens)) + np.repeat(shift, self.lengths)
+        first_rows = np.repeat(self.input_row_offsets[:-1], self.lengths)
+        return np.arange(len(self.tokens)) - first_rows + np.repeat(self.cache_lengths, self.lengths)
 
     @cached_property
     def slots(self) -> np.ndarray:

@@ -20,11 +20,9 @@ class ReturnLogits(Enum):
 def logit_rows(mode: ReturnLogits, input_row_offsets: np.ndarray, n: int = 1) -> np.ndarray:
     """The rows of the ragged batch whose logits `mode` needs, int [R].
 
-    LAST_TOKEN: R = B. VARIABLE: R = B * n, in order; RequestError naming the first request with fewer than n tokens.
-    ALL: R = T.
+    LAST_TOKEN: R = B. VARIABLE: R = B * n, in order. ALL: R = T. RequestError naming the first request with fewer
+    tokens than the mode needs of each: n for VARIABLE, one otherwise.
     """
-    if mode is ReturnLogits.ALL:
-        return np.arange(input_row_offsets[-1])
     ends = np.asarray(input_row_offsets[1:], np.int64)
     count = n if mode is ReturnLogits.VARIABLE else 1
     if count < 1:
@@ -34,4 +32,6 @@ def logit_rows(mode: ReturnLogits, input_row_offsets: np.ndarray, n: int = 1) ->
     if len(short):
         raise RequestError(f"request {short[0]} of the batch has {lengths[short[0]]} tokens, "
                            f"but logits of its last {count} were asked for")
+    if mode is ReturnLogits.ALL:
+        return np.arange(input_row_offsets[-1])
     return (ends[:, None] + np.arange(-count, 0)).ravel()

@@ -97,6 +97,16 @@ def test_hostile_shard_names(sharded, shard):
         Checkpoint(sharded)
 
 
+def test_dots_are_refused_even_where_they_lead_back_inside(sharded):
+    (sharded / "sub").mkdir()
+    write_index(sharded, {"a": f"sub/../{ONE}"})
+    with pytest.raises(CheckpointError, match="not a plain path"):
+        Checkpoint(sharded)
+    os.rename(sharded / ONE, sharded / "sub" / ONE)
+    write_index(sharded, {"a": f"sub/{ONE}"})  # a plain sub-directory is fine
+    assert Checkpoint(sharded).read("a").shape == (3, 4)
+
+
 def test_index_that_names_a_pickle(sharded):
     (sharded / "x.bin").write_bytes(b"")
     write_index(sharded, {"a": "x.bin"})

@@ -14,8 +14,9 @@ from cutp.checkpoint import Detokenizer, Tokenizer, resolve_model
 from cutp.errors import CheckpointError, InvalidTokenError, RequestError
 
 LINES = ["the cat sat on the mat", "once upon a time there was a little dog", "naïve café", "hello, world!"] * 20
-TEXTS = ["the little cat", "  two  spaces ", "naïve 😀 dog \U0001f469\u200d\U0001f469\u200d\U0001f467", "日本語と中文 the end", "a\nb\tc",
-         "", " ", "é", "\ufffd literal \ufffd"]  # fmt: skip
+FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"  # one emoji of five code points
+TEXTS = ["the little cat", "  two  spaces ", f"naïve 😀 dog {FAMILY}", "日本語と中文 the end", "a\nb\tc"]
+TEXTS += ["", " ", "é", "\ufffd literal \ufffd"]
 
 
 def byte_level():
@@ -171,6 +172,7 @@ def test_leading_space_survives_after_a_prompt(tmp_path):
     assert pieces(tokenizer, [cat], [cat]) == [" cat", ""]
     assert pieces(tokenizer, [cat, end], [end, cat]) == ["", " cat", ""]
     assert pieces(tokenizer, [cat] + [end] * 100, [cat]) == [" cat", ""]
+    assert pieces(tokenizer, [cat], [2**31, cat]) == ["", " cat", ""]  # an id without a token shows nothing
 
 
 @pytest.mark.parametrize("token", ["the", "byte", "special"])

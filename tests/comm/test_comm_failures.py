@@ -60,6 +60,7 @@ def test_an_exception_wakes_ranks_that_wait_in_a_sub_communicator():
     def program(comm):
         half = comm.split(comm.rank % 2)
         if comm.rank == 0:
+            time.sleep(0.2)  # until the others wait
             raise KeyError("gone")
         if comm.rank == 3:
             comm.barrier()

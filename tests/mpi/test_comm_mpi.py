@@ -38,19 +38,19 @@ def waited(line):
 def test_collectives_against_numpy_and_threads(n):
     done = run_mpi(n, [sys.executable, PROGRAMS / "comm_cases.py"])
     assert done.returncode == 0, done.stderr
-    reports = sorted(json.loads(line) for line in done.stdout.splitlines())
+    reports = json.loads(done.stdout)
     assert [r[:3] for r in reports] == [[rank, rank, n] for rank in range(n)]
     assert [r[3] for r in reports] == run_threads(n, collective_cases.run_all)
 
 
-@pytest.mark.parametrize(("n", "elements"), [(2, 3), (2, 1_000_000), (3, 3)])
-def test_deadline_names_the_missing_rank(n, elements):
-    _, lines, _, _ = run(n, "deadline", str(elements), CUTP_COMM_TIMEOUT="2")
+@pytest.mark.parametrize(("n", "elements", "limit"), [(2, 3, 2), (2, 1_000_000, 1), (3, 3, 1)])
+def test_deadline_names_the_missing_rank(n, elements, limit):
+    _, lines, _, _ = run(n, "deadline", str(elements), CUTP_COMM_TIMEOUT=str(limit))
     first = [lines[r][0] for r in range(n) if r != 1]
     assert any("CommTimeoutError" in line for line in first)
     for line in first:
-        assert re.search(rf"all_reduce\(float32\[{elements}\]\) waited 2\.\d s for rank 1 \(host ", line), line
-        assert 1.5 < waited(line) < 3.5
+        assert re.search(rf"all_reduce\(float32\[{elements}\]\) waited {limit}\.\d s for rank 1 \(host ", line), line
+        assert limit - 0.1 < waited(line) < limit + 1.5
     assert all(waited(lines[r][1]) < 0.1 for r in range(n) if r != 1)
 
 
@@ -69,7 +69,7 @@ def test_fail_wakes_the_peers(n):
             for line in lines[r]:
                 told = r"PeerFailedError (world )?rank 1:? failed on host \S+: ValueError: no more"
                 assert re.search(told, line), line
-            assert waited(lines[r][0]) < 0.5 + 0.4 and waited(lines[r][1]) < 0.1
+            assert waited(lines[r][0]) < 0.5 + 0.8 and waited(lines[r][1]) < 0.1
 
 
 def test_exception_in_agree_ends_the_job():
@@ -115,8 +115,8 @@ def test_sub_communicator_while_others_are_busy_elsewhere():
     assert [lines[r] for r in range(4)] == [["worked"], ["worked"], ["done"], []]
 
 
-@pytest.mark.parametrize("what", ["many_calls", "chunks"])
-def test_tags_and_chunks(what):
+@pytest.mark.parametrize("what", ["many_calls", "chunks", "dropped_handles"])
+def test_tags_chunks_and_dropped_handles(what):
     status, _, stderr, _ = run(2, what)
     assert status == 0, stderr
 

@@ -1,5 +1,7 @@
 """Situations in which something goes wrong; the first argument says which. Each rank prints what it saw."""
 
+import gc
+import os
 import sys
 import time
 
@@ -31,7 +33,7 @@ def report(comm, fn):
 def deadline(comm):
     """Rank 1 does not come; the others find out, and the job ends."""
     if comm.rank == 1:
-        time.sleep(3)
+        time.sleep(float(os.environ["CUTP_COMM_TIMEOUT"]) + 0.7)
     else:
         report(comm, lambda: comm.all_reduce(np.ones(int(sys.argv[2]), np.float32)))
         report(comm, comm.barrier)
@@ -42,7 +44,7 @@ def deadline_of_construction(comm):
     if comm.rank == 0:
         report(comm, lambda: Communicator.from_mpi(MPI.COMM_WORLD))
     else:
-        time.sleep(3)
+        time.sleep(float(os.environ["CUTP_COMM_TIMEOUT"]) + 0.7)
 
 
 def fail(comm):
@@ -159,6 +161,19 @@ def interrupted(comm):
         if comm.rank == 1:
             raise KeyError("left")
         comm.barrier()
+
+
+def dropped_handles(comm):
+    """Operations that were started but not waited for must keep their buffers, also after an error."""
+    for _ in range(20):
+        comm.all_reduce_async(np.ones(40_000))
+        comm.all_reduce_async(np.ones(3))
+    gc.collect()
+    others = [np.full(n, 7.0) for n in (2560, 20_000) for _ in range(100)]
+    comm.barrier()
+    assert all((x == 7).all() for x in others)
+    comm.close()
+    say(comm, "dropped")
 
 
 def aborted(comm):

@@ -7,40 +7,14 @@ elsewhere, from these parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cutp.checkpoint.config import ModelConfig
 from cutp.errors import ModelConfigError, UnsupportedModelError
+from cutp.nn.rope_parameters import ROPE_TYPES, RopeParameters
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ALIASES = {"su": "longrope"}
 _WITH_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Values a rope type does not use keep their defaults here. Lengths are in tokens.
-
-    `attention_factor` None means: derive it (1 for default, linear, dynamic and llama3; for yarn from factor, mscale
-    and mscale_all_dim; for longrope from factor and original_max_position_embeddings).
-    """
-
-    rope_type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    partial_rotary_factor: float = 1.0
 
 
 def rope_parameters(
@@ -133,8 +107,8 @@ def _parse(
             raise rope.error("high_freq_factor", f"above low_freq_factor ({values['low_freq_factor']})")
     elif kind == "yarn":
         # Zero stands for the default here, as in transformers.
-        values["beta_fast"] = rope.non_negative_float("beta_fast", None) or 32.0
-        values["beta_slow"] = rope.non_negative_float("beta_slow", None) or 1.0
+        values["beta_fast"] = rope.non_negative_float("beta_fast", None) or None
+        values["beta_slow"] = rope.non_negative_float("beta_slow", None) or None
         values["mscale"] = rope.non_negative_float("mscale", None)
         values["mscale_all_dim"] = rope.non_negative_float("mscale_all_dim", None)
         values["truncate"] = rope.boolean("truncate", True)

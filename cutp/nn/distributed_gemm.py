@@ -1,0 +1,44 @@
+"""Row-parallel products whose all-reduce runs under the next product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cutp import settings
+from cutp.comm.device_group import DeviceGroup
+
+# Chunks of fewer rows lose more in the product than the overlap gains; more chunks than this gain nothing.
+_MIN_CHUNK_ROWS = 32
+_MAX_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class DistributedGemmConfig:
+    """enable_matmul_allreduce: split row-parallel products into chunks of rows and overlap their all-reduces."""
+
+    enable_matmul_allreduce: bool = False
+
+    @staticmethod
+    def generate() -> DistributedGemmConfig:
+        """The configuration that `CUTP_MATMUL_ALLREDUCE` asks for: 1 on, 0 or unset off."""
+        return DistributedGemmConfig(settings.matmul_allreduce())
+
+
+def matmul_allreduce(layers: Sequence[Callable[[np.ndarray], np.ndarray]], xs: Sequence[np.ndarray],
+                     group: DeviceGroup) -> list[np.ndarray]:
+    """The sum over the group of layer_i(x_i), [T, out] on every local device.
+
+    layers: one row-parallel layer a local device; xs: its inputs [T, in_local]. The rows are split into chunks; chunk
+    i's sum is under way while chunk i + 1 is computed. Equal to the plain sum up to the rounding of products of another
+    number of rows.
+    """
+    rows = len(xs[0])
+    count = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
+    bounds = [rows * i // count for i in range(count + 1)]
+    pending = [group.all_reduce_async([layer(x[start:stop]) for layer, x in zip(layers, xs, strict=True)])
+               for start, stop in zip(bounds, bounds[1:], strict=False)]
+    parts = [one.wait() for one in pending]
+    return parts[0] if count == 1 else [np.concatenate(shards) for shards in zip(*parts, strict=True)]
