@@ -12,15 +12,12 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from mpi4py import MPI
 
 from cutp.errors import CommError
-
-if TYPE_CHECKING:
-    from cutp.comm.mpi import MpiTransport
 
 FRAME_BYTES = 20 * 1024
 INLINE_BYTES = 16 * 1024
@@ -38,6 +35,25 @@ _incomplete: set[MpiExchange] = set()
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
+class ExchangeOwner(Protocol):
+    """What an exchange needs of the transport that starts it."""
+
+    mpi_comm: MPI.Intracomm
+    timeout: float
+
+    def take_frame(self) -> np.ndarray: ...
+
+    def give_frame_back(self, frame: np.ndarray) -> None: ...
+
+    def check_peers(self) -> None: ...
+
+    def give_up(self, error: CommError) -> NoReturn: ...
+
+    def timed_out(self, call: str, waited: float, missing: Sequence[int]) -> CommError: ...
+
+    def out_of_step(self, call: str, peer: int, peer_call: str) -> CommError: ...
+
+
 class Waitable(Protocol):
     def progress(self) -> bool:
         """Look after the operation once; True if it is complete."""
@@ -46,7 +62,7 @@ class Waitable(Protocol):
         """The peers it is waiting for."""
 
 
-def wait_until_done(transport: MpiTransport, call: str, operation: Waitable) -> None:
+def wait_until_done(transport: ExchangeOwner, call: str, operation: Waitable) -> None:
     """Return when `operation` is complete; raise if a peer failed or the deadline passed."""
     if operation.progress():
         return
@@ -81,7 +97,7 @@ def _decode_head(text: bytes) -> tuple[str, np.dtype, tuple[int, ...]]:
     return call, np.dtype(dtype), tuple(shape)
 
 
-def has_incomplete_exchanges(transport: MpiTransport) -> bool:
+def has_incomplete_exchanges(transport: ExchangeOwner) -> bool:
     return any(exchange.transport is transport for exchange in _incomplete)
 
 
@@ -97,7 +113,7 @@ class MpiExchange:
     """One exchange: posted when created, complete when `wait` returns."""
 
     def __init__(
-        self, transport: MpiTransport, call: str, tag: int, outgoing: Mapping[int, np.ndarray],
+        self, transport: ExchangeOwner, call: str, tag: int, outgoing: Mapping[int, np.ndarray],
         sources: Sequence[int], into: Mapping[int, np.ndarray],
     ):
         self.transport, self._call = transport, call
@@ -145,7 +161,7 @@ class MpiExchange:
 class _Incoming:
     """The message from one source: first its frame, then the body if there is one."""
 
-    def __init__(self, transport: MpiTransport, call: str, tag: int, source: int, into: np.ndarray | None):
+    def __init__(self, transport: ExchangeOwner, call: str, tag: int, source: int, into: np.ndarray | None):
         self.source = source
         self.result: np.ndarray | None = None
         self._transport, self._call, self._tag, self._into = transport, call, tag, into

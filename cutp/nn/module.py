@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from cutp.comm.device_group import DeviceGroup
-from cutp.errors import ConfigError, ShapeMismatchError
+from cutp.errors import ConfigError, MissingTensorError, ShapeMismatchError
 from cutp.nn.sharding import Ranges, ShardingStrategy
 
 # Where weights live on the CPU: NumPy multiplies float32 matrices 10 to 100 times faster than 16-bit ones.
@@ -116,6 +116,36 @@ class Module:
         for _, child in self._children():
             if isinstance(child, Module):
                 yield from child.modules()
+
+    def signature(self) -> dict[str, object]:
+        """What must be equal for two modules to compute the same with other weights: name -> shape or setting."""
+        found: dict[str, object] = {}
+        for name, child in self._children():
+            if isinstance(child, Weight):
+                found[name] = f"{child.dtype.name}{list(child.local_shape)}"
+            else:
+                found.update({f"{name}.{key}" if name else key: value for key, value in child.signature().items()})
+        plain = (bool, int, float, str, type(None))
+        found.update({key: value for key, value in vars(self).items() if isinstance(value, plain)})
+        return found
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes every weight from `tensors`, whole arrays by the names of `named_weights`; each shard its part.
+
+        Raises MissingTensorError and ShapeMismatchError naming the weight; names that no weight has are refused too.
+        """
+        names = {name for name, _ in self.named_weights()}
+        if unknown := sorted(set(tensors) - names):
+            raise ConfigError(f"no weight is called {unknown[0]!r}", hint=f"the names are {', '.join(sorted(names))}")
+        for module in self.modules():
+            module.materialize()
+        for name, weight in self.named_weights():
+            if name not in tensors:
+                raise MissingTensorError(f"no array was given for the weight {name!r}")
+            whole = np.asarray(tensors[name])
+            if whole.shape != weight.shape:
+                raise ShapeMismatchError(f"the array for {name!r} has shape {whole.shape}, not {weight.shape}")
+            weight.store(cut(whole, weight.axis, weight.ranges))
 
     def materialize(self) -> None:
         """Prepares storage before the weights are loaded; modules that stack weights override it."""

@@ -138,7 +138,7 @@ def test_softcap_of_large_scores(softcap):
     close(case.run(softcap=softcap), case.reference(softcap=softcap), 1e-4)
 
 
-@pytest.mark.parametrize("sink", [-30.0, 0.0, 30.0])
+@pytest.mark.parametrize("sink", [-200.0, -30.0, 0.0, 30.0, 200.0])
 def test_sinks(sink):
     case = make_case(4, RAGGED, group=2)
     sinks = np.array([sink, -sink, 1.5, sink], np.float32)
