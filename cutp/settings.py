@@ -22,6 +22,11 @@ def matmul_allreduce() -> bool:
     return text == "1"
 
 
+def kernel_cache() -> str | None:
+    """The directory where compiled kernels are kept (`CUTP_KERNEL_CACHE`); None, the default, for one in $TMPDIR."""
+    return os.environ.get("CUTP_KERNEL_CACHE") or None
+
+
 def _positive_float(name: str, default: float) -> float:
     text = os.environ.get(name)
     if text is None or text == "":

@@ -89,7 +89,9 @@ class DeviceGroup(Sequence[DeviceRef]):
 
     def _check(self, xs: list[np.ndarray]) -> None:
         if len(xs) != len(self.local_ranks):
-            raise ValueError(f"{len(xs)} arrays were given for {len(self.local_ranks)} local shards")
+            raise ConfigError(f"{len(xs)} arrays were given for {len(self.local_ranks)} local shards")
+        if self.comm is None and len(self.local_ranks) != self.size:
+            raise ConfigError("a planned device group has no peers to communicate with")
 
 
 class PendingSum:

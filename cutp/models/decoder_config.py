@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutp.checkpoint.config import ModelConfig
+from cutp.checkpoint.config import MAX_SIZE, ModelConfig
 from cutp.errors import ConfigError, ModelConfigError
 from cutp.models.rope_config import rope_parameters
 from cutp.nn.rope_parameters import RopeParameters
 
 # A type that stretches the table serves factor times the positions it was trained on.
 _STRETCHED = ("linear", "dynamic", "yarn", "llama3", "longrope")
+# Many times what real models have; the layers are built before the checkpoint can show that it does not hold them.
+_MAX_LAYERS = 2000
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class DecoderConfig:
         if "head_dim" not in config and hidden_size % n_heads:
             raise ModelConfigError(f"{config.path}: hidden_size {hidden_size} is not a multiple of "
                                    f"num_attention_heads {n_heads}, and there is no head_dim")
-        return cls(
+        n_layers = config.positive_int("num_hidden_layers")
+        if n_layers > _MAX_LAYERS:
+            raise config.error("num_hidden_layers", f"at most {_MAX_LAYERS}")
+        sizes = cls(
             hidden_size=hidden_size,
             intermediate_size=config.positive_int("intermediate_size"),
-            num_hidden_layers=config.positive_int("num_hidden_layers"),
+            num_hidden_layers=n_layers,
             num_attention_heads=n_heads,
             num_key_value_heads=n_kv_heads,
             head_dim=head_dim,
@@ -57,15 +62,22 @@ class DecoderConfig:
             tie_word_embeddings=config.boolean("tie_word_embeddings", False),
             rope=rope_parameters(config),
         )
+        if sizes._positions > MAX_SIZE:
+            raise ModelConfigError(f"{config.path}: rotary factor {sizes.rope.factor:g} gives over 2**31 positions")
+        return sizes
 
     @property
     def context_length(self) -> int:
         """Tokens a request may have by default: the trained length, times the factor of a scaled rotary table."""
+        return int(self._positions)
+
+    @property
+    def _positions(self) -> float:
         original = self.rope.original_max_position_embeddings
         if self.rope.rope_type not in _STRETCHED or self.rope.factor is None:
             return self.max_position_embeddings
         trained = original if original is not None else self.max_position_embeddings
-        return max(self.max_position_embeddings, int(trained * self.rope.factor))
+        return max(self.max_position_embeddings, trained * self.rope.factor)
 
     @property
     def max_tensor_parallel(self) -> int:

@@ -8,7 +8,9 @@ import numpy as np
 
 from cutp.comm.device_group import DeviceGroup
 from cutp.comm.partition import split_heads
+from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
+from cutp.nn.distributed_gemm import DistributedGemmConfig, matmul_allreduce
 from cutp.nn.linear import Linear, qkv_linear
 from cutp.nn.module import Module, ShardableModule, Weight, sharded
 from cutp.nn.norm import RMSNorm
@@ -41,6 +43,8 @@ class AttentionWithRope(ShardableModule):
         self.rope = rope
         self.clip_qkv = clip_qkv
         self.scale = head_dim**-0.5 if scale is None else scale
+        if window is not None and window < 1:
+            raise ConfigError(f"an attention window of {window} tokens would leave nothing to attend to")
         self.window, self.softcap = window, softcap
         self.qkv_proj = qkv_linear(hidden_dim, n_heads, n_kv_heads, head_dim, dtype, has_bias=has_bias)
         output_bias = has_bias if has_output_bias is None else has_output_bias
@@ -61,7 +65,7 @@ class AttentionWithRope(ShardableModule):
         if self.clip_qkv is not None:
             # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
             qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv).astype(x.dtype, copy=False)
-        q, k, v = (part.reshape(len(x), -1, self.head_dim)
+        q, k, v = (part.reshape(len(x), part.shape[1] // self.head_dim, self.head_dim)
                    for part in np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -73,8 +77,8 @@ class AttentionWithRope(ShardableModule):
         kv_write(k, v, pages, batch.slots)
         y = paged_attention(q, pages, batch.lookup_table, batch.input_row_offsets, batch.cache_lengths, self.scale,
                             window=self.window, softcap=self.softcap,
-                            sinks=None if self.sinks is None else self.sinks.data)
-        return y.reshape(len(x), -1)
+                            sinks=None if self.sinks is None else self.sinks.value)
+        return y.reshape(len(x), self.n_heads * self.head_dim)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.kind in ("replicate", "tensor_parallel")
@@ -95,19 +99,29 @@ class AttentionWithRope(ShardableModule):
         if self.q_norm is not None:
             part.q_norm, part.k_norm = self.q_norm._shard(whole, rank), self.k_norm._shard(whole, rank)
         if self.sinks is not None:
-            part.sinks = self.sinks.shard(heads, rank)
+            part.sinks = self.sinks.share(heads, rank)
         return part
 
 
 class TensorParallelAttentionWithRope(Module):
-    """`AttentionWithRope` divided by heads over the devices; its result is the sum over all of them."""
+    """`AttentionWithRope` divided by heads over the devices; its result is the sum over all of them.
 
-    def __init__(self, attention: AttentionWithRope, devices):
+    distributed_gemm_config: with `enable_matmul_allreduce`, the output projection is split into chunks of rows whose
+    sums overlap the next chunk.
+    """
+
+    def __init__(self, attention: AttentionWithRope, devices,
+                 distributed_gemm_config: DistributedGemmConfig | None = None):
         self.group = DeviceGroup.of(devices)
         self.shards = sharded(attention, ShardingStrategy.tensor_parallel(self.group.size), self.group)
+        self.overlap_o_proj = bool(distributed_gemm_config and distributed_gemm_config.enable_matmul_allreduce)
 
     def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
                  batch: RaggedBatch) -> list[np.ndarray]:
         """One [T, hidden] a local device -> the same."""
-        return self.group.all_reduce([shard(layer_idx, x, cache, batch)
-                                      for shard, x, cache in zip(self.shards, xs, caches, strict=True)])
+        attended = [shard.attended(layer_idx, x, cache, batch)
+                    for shard, x, cache in zip(self.shards, xs, caches, strict=True)]
+        projections = [shard.o_proj for shard in self.shards]
+        if self.overlap_o_proj:
+            return matmul_allreduce(projections, attended, self.group)
+        return self.group.all_reduce([project(x) for project, x in zip(projections, attended, strict=True)])

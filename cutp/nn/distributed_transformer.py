@@ -13,25 +13,27 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from cutp.comm.device_group import DeviceGroup
+from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.kv_cache.params import KVCacheParams
+from cutp.nn.distributed_gemm import DistributedGemmConfig, matmul_allreduce
 from cutp.nn.embedding import VocabParallelEmbedding
 from cutp.nn.linear import ColumnParallelLinear
-from cutp.nn.module import Module, ShardableModule, Shards, sharded
+from cutp.nn.mlp import MLP
+from cutp.nn.module import Module, Shards, sharded
 from cutp.nn.ragged_batch import RaggedBatch
+from cutp.nn.return_hidden_states import ReturnHiddenStates, check_selected_layers
 from cutp.nn.return_logits import ReturnLogits, logit_rows
 from cutp.nn.rotary_embedding import RotaryEmbedding
-from cutp.nn.sharding import ShardingStrategy
+from cutp.nn.sharding import Shardable, ShardingStrategy
+from cutp.nn.subgraphs import plan_layer_runs
+from cutp.ops.residual import residual_add, scale
 
 T = TypeVar("T")
 
 
-class ShardableCallable(Protocol):
+class ShardableCallable(Shardable, Protocol):
     """A layer that can be sharded and called: what a block takes as its norm or its feed-forward layer."""
-
-    sharding_strategy: ShardingStrategy | None
-
-    def shard(self, devices) -> Sequence[ShardableCallable]: ...
 
     def __call__(self, x: np.ndarray) -> np.ndarray: ...
 
@@ -58,25 +60,41 @@ class DistributedTransformerBlock(Module):
     """h = x + attention(norm(x)); h + mlp(norm(h)): pre-norm, two all-reduces.
 
     attention: a parallel attention layer, whose result is already summed over the group. mlp: sharded here by
-    tensor_parallel; its partial sums are all-reduced here. attention_norm, mlp_norm: replicated here.
+    tensor_parallel; its partial sums are all-reduced here. attention_norm, mlp_norm: replicated here. devices: the
+    group. distributed_gemm_config: with `enable_matmul_allreduce`, the mlp must be an `MLP`: its down projection is
+    split into chunks of rows whose sums overlap the next chunk. residual_multiplier: both branches are multiplied by it
+    before they are added (Granite).
     """
 
-    def __init__(self, attention: Module, mlp: ShardableModule, attention_norm: ShardableModule,
-                 mlp_norm: ShardableModule, devices):
+    def __init__(self, attention: Module, mlp: ShardableCallable, attention_norm: ShardableCallable,
+                 mlp_norm: ShardableCallable, devices, distributed_gemm_config: DistributedGemmConfig | None = None, *,
+                 residual_multiplier: float = 1.0):
         self.group = DeviceGroup.of(devices)
         size = self.group.size
         self.self_attn = attention
         self.mlp: Shards = sharded(mlp, ShardingStrategy.tensor_parallel(size), self.group)
         self.input_layernorm: Shards = sharded(attention_norm, ShardingStrategy.replicate(size), self.group)
         self.post_attention_layernorm: Shards = sharded(mlp_norm, ShardingStrategy.replicate(size), self.group)
+        self.residual_multiplier = residual_multiplier
+        self.overlap_down_proj = bool(distributed_gemm_config and distributed_gemm_config.enable_matmul_allreduce)
+        if self.overlap_down_proj and not isinstance(mlp, MLP):
+            raise ConfigError(f"enable_matmul_allreduce needs an MLP, not a {type(mlp).__name__}")
 
     def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
                  batch: RaggedBatch) -> list[np.ndarray]:
-        """One residual stream [T, dim] a local device -> the same, after this block."""
+        """One residual stream [T, dim] a local device -> the same, after this block; fills layer `layer_idx`."""
         attended = self.self_attn(layer_idx, forward_sharded_layers(self.input_layernorm, xs), caches, batch)
-        hs = [x + a for x, a in zip(xs, attended, strict=True)]
-        partial = forward_sharded_layers(self.mlp, forward_sharded_layers(self.post_attention_layernorm, hs))
-        return [h + m for h, m in zip(hs, self.group.all_reduce(partial), strict=True)]
+        hs = self._add(xs, attended)
+        return self._add(hs, self._feed_forward(forward_sharded_layers(self.post_attention_layernorm, hs)))
+
+    def _feed_forward(self, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if not self.overlap_down_proj:
+            return self.group.all_reduce(forward_sharded_layers(self.mlp, xs))
+        activated = forward_sharded_layers([mlp.activated for mlp in self.mlp], xs)
+        return matmul_allreduce([mlp.down_proj for mlp in self.mlp], activated, self.group)
+
+    def _add(self, xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [residual_add(x, y, self.residual_multiplier) for x, y in zip(xs, ys, strict=True)]
 
 
 class DistributedTransformer(Module):
@@ -84,14 +102,23 @@ class DistributedTransformer(Module):
 
     dim: width of the residual stream. n_heads: query heads of the whole model. layers: the blocks. norm: the final
     norm, replicated here. output: the head, divided by vocabulary. embedding: divided by vocabulary. kv_params: the
-    cache this model needs. devices: the group. rope: the rotary embedding of the attention layers (layers may hold
-    others). return_logits: which rows `__call__` returns. logits_scaling: the logits are divided by it.
+    cache this model needs. devices: the group, one DeviceRef a rank. rope: the rotary embedding of the attention layers
+    (layers may hold others). return_logits: which rows `__call__` returns. use_subgraphs, subgraph_layer_groups: which
+    layers share one captured body (`cutp.nn.subgraphs`); results do not depend on it. logits_scaling: the logits are
+    divided by it. logit_softcapping: cap * tanh(logits / cap), after the scaling. embedding_multiplier: embeddings are
+    multiplied by it. return_hidden_states, hidden_state_layers: see `ReturnHiddenStates`.
+
+    Raises ConfigError when the number of layers is not that of `kv_params`, and for subgraph groups that cannot be.
     """
 
-    def __init__(self, dim: int, n_heads: int, layers: Iterable[DistributedTransformerBlock], norm: ShardableModule,
+    def __init__(self, dim: int, n_heads: int, layers: Iterable[DistributedTransformerBlock], norm: ShardableCallable,
                  output: ColumnParallelLinear, embedding: VocabParallelEmbedding, kv_params: KVCacheParams, devices,
                  rope: RotaryEmbedding | None, return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-                 logits_scaling: float = 1.0):
+                 use_subgraphs: bool = False, subgraph_layer_groups: Sequence[Sequence[int]] | None = None,
+                 logits_scaling: float = 1.0, *, logit_softcapping: float | None = None,
+                 embedding_multiplier: float = 1.0,
+                 return_hidden_states: ReturnHiddenStates = ReturnHiddenStates.NONE,
+                 hidden_state_layers: Sequence[int] = ()):
         self.group = DeviceGroup.of(devices)
         self.dim, self.n_heads = dim, n_heads
         self.embed_tokens = embedding
@@ -101,42 +128,83 @@ class DistributedTransformer(Module):
         self.kv_params = kv_params
         self.rope = rope
         self.return_logits = return_logits
-        self.logits_scaling = logits_scaling
+        self.logits_scaling, self.logit_softcapping = logits_scaling, logit_softcapping
+        self.embedding_multiplier = embedding_multiplier
+        self.return_hidden_states = return_hidden_states
+        if len(self.layers) != kv_params.num_layers:
+            raise ConfigError(f"{len(self.layers)} layers were given, but kv_params is for {kv_params.num_layers}")
+        self.hidden_state_layers = check_selected_layers(return_hidden_states, hidden_state_layers, len(self.layers))
+        self.layer_runs = plan_layer_runs(self.layers, use_subgraphs, subgraph_layer_groups)
 
     @property
     def vocab_size(self) -> int:
         return self.embed_tokens.vocab_size
 
     def __call__(self, batch: RaggedBatch, caches: Sequence[PagedKVCache], return_n_logits: int = 1) -> tuple:
-        """Logits of the rows that `return_logits` names, float32, equal on every device.
+        """Logits of the rows that `return_logits` names, float32 and equal on every device; hidden states if asked for.
+
+        batch: the new tokens of B requests, T in all, with their cache lengths and lookup table. caches: one a local
+        device; the new keys and values are written into them. return_n_logits: n of VARIABLE.
 
         LAST_TOKEN: (last [B, V],). VARIABLE: (last [B, V], the last n of each request [B * n, V], offsets
-        0, n, 2n, ... int64 [B + 1]). ALL: (last [B, V], [T, V], input_row_offsets). Norm and head run once, on the
-        rows that are needed.
+        0, n, 2n, ... int64 [B + 1]). ALL: (last [B, V], [T, V], input_row_offsets). Hidden states, if any, come last.
+        Norm and head run once, on the rows that are needed. Raises RequestError for a request of fewer than n tokens.
         """
         mode = self.return_logits
         rows = logit_rows(mode, batch.input_row_offsets, return_n_logits)
-        local = self.local_logits(self.hidden_states(batch, caches), rows)
+        selected: list[np.ndarray] = []
+        hs = self.hidden_states(batch, caches, selected)
+        if self.return_hidden_states is ReturnHiddenStates.ALL_NORMALIZED:
+            hs = forward_sharded_layers(self.norm, hs)
+            local = self._head([h[rows] for h in hs])
+        else:
+            local = self.local_logits(hs, rows)
         logits = self.group.all_gather(local, axis=-1)[0]
+        hidden = self._hidden_result(hs[0], selected, batch)
         if mode is ReturnLogits.LAST_TOKEN:
-            return (logits,)
+            return (logits, *hidden)
+        offsets = batch.input_row_offsets
         if mode is ReturnLogits.VARIABLE:
             offsets = np.arange(len(batch.lengths) + 1, dtype=np.int64) * return_n_logits
-        else:
-            offsets = batch.input_row_offsets
-        return logits[offsets[1:] - 1], logits, offsets
+        return (logits[offsets[1:] - 1], logits, offsets, *hidden)
 
-    def hidden_states(self, batch: RaggedBatch, caches: Sequence[PagedKVCache]) -> list[np.ndarray]:
-        """The residual stream after the last block, before the final norm: one [T, dim] a local device."""
-        hs = self.embed_tokens(batch.tokens)
-        for layer_idx, layer in enumerate(self.layers):
-            hs = layer(layer_idx, hs, caches, batch)
+    def hidden_states(self, batch: RaggedBatch, caches: Sequence[PagedKVCache],
+                      selected: list[np.ndarray] | None = None) -> list[np.ndarray]:
+        """The residual stream after the last block, before the final norm: one [T, dim] a local device.
+
+        Appends the residual stream after each of `hidden_state_layers`, in that order, to `selected`.
+        """
+        hs = [scale(h, self.embedding_multiplier) for h in self.embed_tokens(batch.tokens)]
+        after: dict[int, np.ndarray] = {}
+        for run in self.layer_runs:
+            for layer_idx in range(run.start, run.stop):
+                hs = self.layers[layer_idx](layer_idx, hs, caches, batch)
+                if layer_idx in self.hidden_state_layers:
+                    after[layer_idx] = hs[0]
+        if selected is not None:
+            selected.extend(after[index] for index in self.hidden_state_layers)
         return hs
 
     def local_logits(self, hs: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
-        """Each local device's slice of the logits of `rows`, float32 [R, V_local], scaled, not gathered."""
-        normed = forward_sharded_layers(self.norm, [h[rows] for h in hs])
-        logits = [part.astype(np.float32, copy=False) for part in self.lm_head.local(normed)]
+        """Each local device's slice of the logits of `rows`, float32 [R, V_local], scaled and capped, not gathered."""
+        return self._head(forward_sharded_layers(self.norm, [h[rows] for h in hs]))
+
+    def _hidden_result(self, h: np.ndarray, selected: list[np.ndarray], batch: RaggedBatch) -> tuple:
+        """What `return_hidden_states` adds to the result, from the hidden states of all tokens, [T, dim]."""
+        mode = self.return_hidden_states
+        if mode is ReturnHiddenStates.NONE:
+            return ()
+        if mode is ReturnHiddenStates.SELECTED_LAYERS:
+            return (selected,)
+        return (h[batch.input_row_offsets[1:] - 1],) if mode is ReturnHiddenStates.LAST else (h,)
+
+    def _head(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self._finish_logits(part.astype(np.float32, copy=False)) for part in self.lm_head.local(normed)]
+
+    def _finish_logits(self, logits: np.ndarray) -> np.ndarray:
         if self.logits_scaling != 1.0:
-            logits = [part / np.float32(self.logits_scaling) for part in logits]
+            logits = logits / np.float32(self.logits_scaling)
+        if self.logit_softcapping is not None:
+            cap = np.float32(self.logit_softcapping)
+            logits = cap * np.tanh(logits / cap)
         return logits

@@ -20,14 +20,14 @@ class Embedding(ShardableModule):
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """tokens int [T] -> [T, hidden_dim]."""
         ranges = self.weight.ranges
-        return embedding(tokens, self.weight.data, ranges[0][0] if ranges else 0, self.dtype)
+        return embedding(tokens, self.weight.value, ranges[0][0] if ranges else 0, self.dtype)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.kind in ("replicate", "rowwise")
 
     def _shard(self, strategy: ShardingStrategy, rank: int) -> Embedding:
         part = self._copy()
-        part.weight = self.weight.shard(strategy, rank)
+        part.weight = self.weight.share(strategy, rank)
         return part
 
 

@@ -29,20 +29,20 @@ class Linear(ShardableModule):
 
     def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """x [T, in] -> [T, out], in the dtype of `x`."""
-        bias = self.bias.data if self.bias is not None and self.bias.local_shape[0] else None
-        return linear(x, self.weight.data, bias, out)
+        bias = self.bias.value if self.bias is not None and self.bias.local_shape[0] else None
+        return linear(x, self.weight.value, bias, out)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.is_replicate or strategy.axis in (0, 1)
 
     def _shard(self, strategy: ShardingStrategy, rank: int) -> Linear:
         part = self._copy()
-        part.weight = self.weight.shard(strategy, rank)
+        part.weight = self.weight.share(strategy, rank)
         part.out_dim, part.in_dim = part.weight.local_shape
         if self.bias is not None:
             if strategy.axis == 1:
                 strategy = ShardingStrategy.segmented(strategy.num_devices, 0, [FirstRankSegment(self.out_dim)])
-            part.bias = self.bias.shard(strategy, rank)
+            part.bias = self.bias.share(strategy, rank)
         return part
 
 

@@ -34,6 +34,15 @@ class Weight:
         self.strategy = strategy
         self.rank = rank
         self.data: np.ndarray | None = None
+        self.sharding_strategy: ShardingStrategy | None = None
+
+    @property
+    def value(self) -> np.ndarray:
+        """The data, for computing with it; ConfigError before the weight is loaded."""
+        if self.data is None:
+            raise ConfigError(f"a weight of shape {self.shape} was used before it was loaded",
+                              hint="load the model's weights first, for example with Module.load")
+        return self.data
 
     @property
     def axis(self) -> int | None:
@@ -59,7 +68,11 @@ class Weight:
         """Bytes of this rank's share in the weight's own dtype."""
         return math.prod(self.local_shape) * self.dtype.itemsize
 
-    def shard(self, strategy: ShardingStrategy, rank: int) -> Weight:
+    def shard(self, devices) -> list[Weight]:
+        """The shares of `devices` that this process holds, by `sharding_strategy`; see `ShardableModule.shard`."""
+        return [self.share(self.sharding_strategy, rank) for rank in local_ranks(self, devices)]
+
+    def share(self, strategy: ShardingStrategy, rank: int) -> Weight:
         """`rank`'s share as a weight of its own; data that is present is cut along. ConfigError if already cut."""
         if self.strategy is not None:
             raise ConfigError("a weight that is already a shard cannot be sharded again")
@@ -194,13 +207,7 @@ class ShardableModule(Module):
         One shard under MPI, one for every device when the devices live in this process. Data that is present is
         cut along. Raises ConfigError without a strategy, or when it is for another number of devices.
         """
-        group = DeviceGroup.of(devices)
-        if self._strategy is None:
-            raise ConfigError(f"{type(self).__name__} has no sharding strategy; set sharding_strategy first")
-        if self._strategy.num_devices != group.size:
-            raise ConfigError(f"the sharding strategy of {type(self).__name__} is for {self._strategy.num_devices} "
-                              f"devices, but {group.size} were given")
-        return Shards(self._shard(self._strategy, rank) for rank in group.local_ranks)
+        return Shards(self._shard(self._strategy, rank) for rank in local_ranks(self, devices))
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         raise NotImplementedError
@@ -213,6 +220,19 @@ class ShardableModule(Module):
         other = copy.copy(self)
         other._strategy = None
         return other
+
+
+def local_ranks(shardable: Weight | ShardableModule, devices) -> tuple[int, ...]:
+    """The ranks of `devices` whose shards this process holds, once the strategy is known to fit the devices."""
+    group = DeviceGroup.of(devices)
+    strategy = shardable.sharding_strategy
+    name = type(shardable).__name__
+    if strategy is None:
+        raise ConfigError(f"{name} has no sharding strategy; set sharding_strategy first")
+    if strategy.num_devices != group.size:
+        raise ConfigError(f"the sharding strategy of {name} is for {strategy.num_devices} devices, but {group.size} "
+                          "were given")
+    return group.local_ranks
 
 
 def sharded(module: ShardableModule, strategy: ShardingStrategy, devices) -> Sequence[ShardableModule]:

@@ -28,7 +28,7 @@ class _Norm(ShardableModule):
         part = self._copy()
         for name, value in vars(self).items():
             if isinstance(value, Weight):
-                setattr(part, name, value.shard(strategy, rank))
+                setattr(part, name, value.share(strategy, rank))
         return part
 
 
@@ -46,7 +46,7 @@ class RMSNorm(_Norm):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [..., dim] -> the same shape and dtype. ConfigError when the last axis is not `dim`."""
         self._check(x)
-        return rms_norm(x, self.weight.data, self.eps, weight_offset=self.weight_offset,
+        return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
                         multiply_before_cast=self.multiply_before_cast)
 
 
@@ -60,4 +60,4 @@ class LayerNorm(_Norm):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [..., dim] -> the same shape and dtype. ConfigError when the last axis is not `dim`."""
         self._check(x)
-        return layer_norm(x, self.weight.data, None if self.bias is None else self.bias.data, self.eps)
+        return layer_norm(x, self.weight.value, None if self.bias is None else self.bias.value, self.eps)

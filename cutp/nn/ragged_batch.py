@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from cutp.errors import ConfigError
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.ops.rotary import rotary_table
 
@@ -28,6 +30,30 @@ class RaggedBatch:
     page_size: int
     rope_lengths: np.ndarray
     _rotary: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int]], page_size: int, cache_lengths: Sequence[int] | None = None,
+           max_total: int | None = None) -> RaggedBatch:
+        """A batch of new tokens, a list a request, with pages dealt out in order.
+
+        For models run by hand: request b owns pages b * n .. (b + 1) * n - 1, where n pages hold `max_total` tokens
+        (default: the longest request), so the same call with growing `cache_lengths` continues the same requests.
+        """
+        lengths = np.array([len(request) for request in tokens], np.int64)
+        cached = np.zeros_like(lengths) if cache_lengths is None else np.asarray(cache_lengths, np.int64)
+        longest = int((lengths + cached).max(initial=0))
+        total = longest if max_total is None else max_total
+        if longest > total:
+            raise ConfigError(f"a request of {longest} tokens does not fit into max_total={total}")
+        pages = -(-total // page_size)
+        return cls(
+            tokens=np.array([token for request in tokens for token in request], np.int64),
+            input_row_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            cache_lengths=cached,
+            lookup_table=np.arange(len(lengths) * pages).reshape(len(lengths), pages),
+            page_size=page_size,
+            rope_lengths=np.full(len(lengths), total),
+        )
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 
 from cutp.errors import ModelConfigError, UnsupportedModelError
 from cutp.nn.rope_parameters import ROPE_TYPES, RopeParameters
+from cutp.ops.rotary import rotary_table
 
 _F32 = np.float32
 
@@ -107,13 +108,10 @@ class RotaryEmbedding:
     def table(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, each float32 [T, rotary_dim / 2], at integer `positions` [T] for a request of `length` tokens.
 
-        The attention scaling is already multiplied in. The angle is a float32 product, as in HF; its cosine and sine
-        are the float64 ones, rounded.
+        The attention scaling is already multiplied in.
         """
         frequencies = self.frequencies(length)
-        angles = np.asarray(positions).astype(_F32)[:, None] * frequencies.inv_freq
-        angles, scaling = angles.astype(np.float64), _F32(frequencies.attention_scaling)
-        return np.cos(angles).astype(_F32) * scaling, np.sin(angles).astype(_F32) * scaling
+        return rotary_table(np.asarray(positions), frequencies.inv_freq, frequencies.attention_scaling, np.dtype(_F32))
 
     def _regime(self, length: int) -> int:
         """The length that stands for all lengths with the same frequencies."""

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 from cutp.comm.partition import split_heads, split_range
 from cutp.errors import ConfigError
 
 Ranges = list[tuple[int, int]]
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """What can be divided among devices: set `sharding_strategy`, then `shard(devices)` gives this process's shards."""
+
+    sharding_strategy: ShardingStrategy | None
+
+    def shard(self, devices) -> Sequence[Self]: ...
 
 
 class Segment(Protocol):
@@ -75,8 +84,8 @@ class FirstRankSegment:
 class ShardingStrategy:
     """How a weight or a module is divided among `num_devices` ranks. Make one with the static methods.
 
-    axis: the divided axis, None for a replicated weight. segments: the runs along it; empty means one even segment
-    as long as the axis.
+    axis: the divided axis, None for a replicated weight. segments: the runs along it; without them the whole axis is
+    one even segment.
     """
 
     kind: str
@@ -118,19 +127,32 @@ class ShardingStrategy:
         return ShardingStrategy.segmented(num_devices, 0, qkv_segments(num_heads, head_dim, num_kv_heads))
 
     @staticmethod
-    def gate_up(num_devices: int, width: int, axis: int = 0) -> ShardingStrategy:
-        """`axis` holds the gate and then the up projection, `width` rows each; each half is divided."""
-        return ShardingStrategy.segmented(num_devices, axis, [EvenSegment(width), EvenSegment(width)])
+    def gate_up(num_devices: int, axis: int = 2) -> ShardingStrategy:
+        """`axis` holds the gate and then the up projection, equally long; each half is divided."""
+        return ShardingStrategy("gate_up", num_devices, axis)
 
     @staticmethod
     def segmented(num_devices: int, axis: int, segments: Sequence[Segment]) -> ShardingStrategy:
         """Any list of segments along one axis."""
+        if not segments:
+            raise ConfigError("a segmented strategy needs at least one segment")
         return ShardingStrategy("segmented", num_devices, axis, tuple(segments))
 
     @staticmethod
     def tensor_parallel(num_devices: int) -> ShardingStrategy:
         """A module's own way to be divided; each module that accepts it says what it does."""
         return ShardingStrategy("tensor_parallel", num_devices)
+
+    @staticmethod
+    def expert_parallel(num_devices: int) -> ShardingStrategy:
+        """Whole experts on each rank; a mixture-of-experts module says what it does."""
+        return ShardingStrategy("expert_parallel", num_devices)
+
+    def __post_init__(self):
+        if self.num_devices < 1:
+            raise ConfigError(f"strategy {self.kind} was made for {self.num_devices} devices; it needs at least 1")
+        if self.axis is not None and self.axis < 0:
+            raise ConfigError(f"strategy {self.kind} divides axis {self.axis}; axes are counted from 0")
 
     @property
     def is_replicate(self) -> bool:
@@ -144,8 +166,10 @@ class ShardingStrategy:
             raise NotImplementedError(f"{self.kind} divides modules; a single weight needs one of the axis strategies")
         if self.axis >= len(shape):
             raise ConfigError(f"strategy {self.kind} divides axis {self.axis}, but the weight has shape {tuple(shape)}")
+        if not 0 <= rank < self.num_devices:
+            raise ConfigError(f"rank {rank} is not one of the {self.num_devices} of strategy {self.kind}")
         length = shape[self.axis]
-        segments = self.segments or (EvenSegment(length),)
+        segments = self._segments(length)
         if sum(segment.length for segment in segments) != length:
             lengths = " + ".join(str(segment.length) for segment in segments)
             raise ConfigError(f"strategy {self.kind} expects {lengths} entries along axis {self.axis}, "
@@ -156,6 +180,13 @@ class ShardingStrategy:
             ranges.append((start + first, start + last))
             start += segment.length
         return ranges
+
+    def _segments(self, length: int) -> tuple[Segment, ...]:
+        if self.kind == "gate_up":
+            if length % 2:
+                raise ConfigError(f"gate_up divides two equal halves, but axis {self.axis} has {length} entries")
+            return (EvenSegment(length // 2),) * 2
+        return self.segments or (EvenSegment(length),)
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
         """The shape of `rank`'s share of a weight of `shape`."""

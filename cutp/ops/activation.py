@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cutp.errors import UnsupportedModelError
+from cutp.errors import ConfigError, UnsupportedModelError
 from cutp.ops.rounding import as_float32, rounded, store
 
 
@@ -53,6 +53,8 @@ def gated_activation(gate_up: np.ndarray, name: str, *, limit: float | None = No
     is rounded before the product, and the product again. `limit` clamps gate from above and up from both sides
     before the activation.
     """
+    if gate_up.shape[-1] % 2:
+        raise ConfigError(f"gate and up side by side need an even number of columns, not {gate_up.shape[-1]}")
     width = gate_up.shape[-1] // 2
     gate, up = as_float32(gate_up[..., :width]), as_float32(gate_up[..., width:])
     if limit is not None:

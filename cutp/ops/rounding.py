@@ -14,12 +14,12 @@ def as_float32(x: np.ndarray) -> np.ndarray:
 
 def rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float32 `x` with its values rounded to `dtype`, still float32 (one rounding point inside an operation)."""
-    return x if dtype == float32 else x.astype(dtype).astype(float32)
+    return x if dtype == float32 or x.dtype == dtype else x.astype(dtype).astype(float32)
 
 
 def store(x: np.ndarray, dtype: np.dtype, out: np.ndarray | None) -> np.ndarray:
     """`x` rounded to `dtype`, written to `out` where one is given."""
     if out is None:
         return x.astype(dtype, copy=False)
-    out[...] = x
+    out[...] = rounded(x, dtype)
     return out

@@ -32,7 +32,7 @@ def test_shards_know_their_part_with_and_without_data(size):
         weight = Weight((7, 5), float32)
         if loaded:
             weight.store(values)
-        parts = [weight.shard(ShardingStrategy.rowwise(size), rank) for rank in range(size)]
+        parts = [weight.share(ShardingStrategy.rowwise(size), rank) for rank in range(size)]
         for part, expected in zip(parts, np.array_split(values, size), strict=True):
             assert part.shape == (7, 5) and part.num_elements == 35 and part.axis == 0
             assert part.local_shape == expected.shape and part.local_bytes == 4 * expected.size
@@ -43,7 +43,7 @@ def test_shards_know_their_part_with_and_without_data(size):
 
 
 def test_replicated_weight():
-    weight = Weight((3,), float32).shard(ShardingStrategy.replicate(2), 1)
+    weight = Weight((3,), float32).share(ShardingStrategy.replicate(2), 1)
     assert weight.axis is None and weight.ranges is None and weight.local_shape == (3,)
 
 
@@ -64,7 +64,7 @@ def test_store_refuses_another_shape(shape):
 
 
 def test_store_takes_the_local_shape():
-    part = Weight((5,), float32).shard(ShardingStrategy.rowwise(2), 1)
+    part = Weight((5,), float32).share(ShardingStrategy.rowwise(2), 1)
     with pytest.raises(ShapeMismatchError, match=r"shape \(5,\).*shape \(2,\)"):
         part.store(np.zeros(5))
     part.store(np.arange(2))
@@ -72,16 +72,16 @@ def test_store_takes_the_local_shape():
 
 def test_a_shard_cannot_be_sharded_again():
     for strategy in (ShardingStrategy.rowwise(2), ShardingStrategy.replicate(2)):
-        part = Weight((4,), float32).shard(strategy, 0)
+        part = Weight((4,), float32).share(strategy, 0)
         with pytest.raises(ConfigError, match="already a shard"):
-            part.shard(ShardingStrategy.rowwise(2), 0)
+            part.share(ShardingStrategy.rowwise(2), 0)
 
 
 def test_a_strategy_that_does_not_fit_is_refused_at_once():
     with pytest.raises(ConfigError, match="axis 1"):
-        Weight((4,), float32).shard(ShardingStrategy.columnwise(2), 0)
+        Weight((4,), float32).share(ShardingStrategy.columnwise(2), 0)
     with pytest.raises(NotImplementedError):
-        Weight((4,), float32).shard(ShardingStrategy.tensor_parallel(2), 0)
+        Weight((4,), float32).share(ShardingStrategy.tensor_parallel(2), 0)
 
 
 def test_cut_joins_ranges():

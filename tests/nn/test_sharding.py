@@ -40,7 +40,7 @@ def test_replicate(size):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", SIZES)
 def test_gate_up_divides_each_half(size, axis):
-    strategy = S.gate_up(size, 7, axis)
+    strategy = S.gate_up(size, axis)
     shape = (14, 5) if axis == 0 else (5, 14)
     halves = np.array_split(np.arange(7), size)
     for rank in range(size):
@@ -97,7 +97,6 @@ def test_segment_lengths():
 
 
 @pytest.mark.parametrize("strategy, shape", [
-    (S.gate_up(2, 7), (13, 5)),
     (S.stacked_qkv(2, 4, 3, 2), (25, 5)),
     (S.head_aware_columnwise(2, 4, 3), (12, 11)),
     (S.segmented(2, 0, [EvenSegment(5), EvenSegment(1)]), (5, 6)),
@@ -122,3 +121,25 @@ def test_tensor_parallel_does_not_divide_a_single_weight():
 def test_more_ranks_than_heads_are_refused():
     with pytest.raises(ConfigError, match="4 heads cannot be divided among 8 ranks"):
         S.stacked_qkv(8, 4, 2, 2).ranges((16, 3), 0)
+
+
+def test_gate_up_needs_two_equal_halves():
+    with pytest.raises(ConfigError, match="two equal halves, but axis 0 has 13 entries"):
+        S.gate_up(2, 0).ranges((13, 5), 0)
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda: S.rowwise(0), "at least 1"),
+    (lambda: S.axiswise(-1, 2), "counted from 0"),
+    (lambda: S.segmented(2, 0, []), "at least one segment"),
+    (lambda: S.rowwise(2).ranges((4,), 2), "rank 2 is not one of the 2"),
+])
+def test_strategies_that_make_no_sense(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", ("tensor_parallel", "expert_parallel"))
+def test_module_strategies_say_nothing_about_a_weight(kind):
+    with pytest.raises(NotImplementedError, match=kind):
+        getattr(S, kind)(2).ranges((4,), 0)

@@ -1,0 +1,22 @@
+"""The residual stream: scaling and adding, each rounded to its dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cutp.ops.rounding import as_float32, rounded, store
+
+
+def scale(x: np.ndarray, factor: float, out: np.ndarray | None = None) -> np.ndarray:
+    """x * factor, any shape, in the dtype of `x`. A factor of 1 returns `x` itself when there is no `out`."""
+    if factor == 1.0 and out is None:
+        return x
+    return store(as_float32(x) * np.float32(factor), x.dtype, out)
+
+
+def residual_add(x: np.ndarray, y: np.ndarray, multiplier: float = 1.0, out: np.ndarray | None = None) -> np.ndarray:
+    """x + y * multiplier, the product rounded before the sum and the sum again; x and y of one shape and dtype."""
+    addend = as_float32(y)
+    if multiplier != 1.0:
+        addend = rounded(addend * np.float32(multiplier), x.dtype)
+    return store(as_float32(x) + addend, x.dtype, out)

@@ -1,0 +1,51 @@
+"""The programs in mpi_examples run and say what they promise."""
+
+import importlib.util
+import json
+import re
+import sys
+
+import numpy as np
+
+from cutp import Communicator
+from cutp.nn import DeviceGroup, RaggedBatch, allocate_caches
+from tests.mpirun import CHECKOUT, needs_mpirun, run_mpi
+
+EXAMPLES = CHECKOUT / "mpi_examples"
+
+
+def run(name, ranks):
+    done = run_mpi(ranks, [sys.executable, EXAMPLES / name])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_mpirun
+def test_handmade_transformer():
+    out = run("handmade_transformer.py", 4)
+    assert re.search(r"ranks 2 to 3: pi is about 3\.14", out)
+    sequences = json.loads(re.search(r"ranks 0 to 1: (.*)", out)[1])
+    assert [len(s) for s in sequences] == [15, 14] and sequences == unsharded_sequences()
+
+
+def unsharded_sequences():
+    """The same prompts through the same model on one device, every step from scratch."""
+    spec = importlib.util.spec_from_file_location("handmade_transformer", EXAMPLES / "handmade_transformer.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    devices = DeviceGroup.of(Communicator.single())
+    model = example.build(devices)
+    model.load(example.random_arrays(model))
+    sequences = [[5, 3, 8], [1, 4]]
+    for _ in range(12):
+        caches = allocate_caches(model.kv_params, 8, devices)
+        (logits,) = model(RaggedBatch.of(sequences, model.kv_params.page_size), caches)
+        sequences = [s + [int(t)] for s, t in zip(sequences, np.argmax(logits, axis=1), strict=True)]
+    return sequences
+
+
+@needs_mpirun
+def test_two_models():
+    out = run("two_models.py", 4)
+    assert out.startswith("Once upon a time")
+    assert 1.0 < float(re.search(r"perplexity of the story: ([0-9.]+)", out)[1]) < 50.0
