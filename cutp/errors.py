@@ -146,6 +146,20 @@ class ClosedError(CutpError):
     code = "closed"
 
 
+class DeviceError(CutpError):
+    """A GPU, its driver or a CUDA library is missing, too old, of an unsupported kind, or reported an error."""
+
+    code = "device"
+    exit_code = 6
+
+
+class KernelCompileError(DeviceError):
+    """A kernel does not compile. `log` is the compiler's whole output (on the rank that compiled)."""
+
+    code = "kernel_compile"
+    log = ""
+
+
 def _tree(cls: type[CutpError]):
     yield cls
     for sub in cls.__subclasses__():

@@ -43,12 +43,13 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run_mpi(
-    n: int, argv: Sequence[str | os.PathLike[str]], *, timeout: float = 60, env: Mapping[str, str] | None = None
+    n: int, argv: Sequence[str | os.PathLike[str]], *, timeout: float = 60, env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`mpirun -n N argv...`, with its output as text and any exit status.
 
-    `env` adds to a cleaned environment. After `timeout` seconds all processes are killed and AssertionError is
-    raised, with the output so far.
+    `env` adds to a cleaned environment; `stdin` is the text on standard input (default: none). After `timeout`
+    seconds all processes are killed and AssertionError is raised, with the output so far.
     """
     mpirun = find_mpirun()
     assert mpirun is not None, "mpirun not found: mark the test with needs_mpirun"
@@ -57,11 +58,11 @@ def run_mpi(
         command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     command += [os.fspath(a) for a in argv]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        errors="replace", env=clean_environment(env), start_new_session=True,
+        command, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", env=clean_environment(env), start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()

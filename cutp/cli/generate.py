@@ -39,19 +39,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from cutp.comm import world
     from cutp.engine.sampling_params import SamplingParams
+    from cutp.errors import ConfigError
 
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
                             top_p=args.top_p, min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos,
                             stop=tuple(args.stop))
     params.check()
-    with open_llm(args) as llm:
-        prompts = _prompts(args) if llm.is_root else None
-        printer = _Printer(args, enabled=llm.is_root)
+    if args.chat and args.prompt_ids is not None:
+        raise ConfigError("--chat needs prompts that are text, not --prompt-ids")
+    with world() as comm:
+        prompts = None
+        with comm.host.agree("reading the prompts"):
+            if comm.rank == 0:
+                prompts = _prompts(args)
+        printer = _Printer(args, prompts)
         if args.chat and prompts is not None:
             prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        for index, piece, output in llm.stream(prompts, params, chat=args.chat):
-            printer.show(index, piece, output)
+        with open_llm(args, comm) as llm:
+            for index, piece, output in llm.stream(prompts, params, chat=args.chat):
+                if llm.is_root:
+                    printer.show(index, piece, output)
 
 
 def _prompts(args: argparse.Namespace) -> list:
@@ -69,8 +78,10 @@ def _read_lines(name: str) -> list[str]:
         else:
             with open(name, encoding="utf-8") as file:
                 text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the prompt file {name} cannot be read: {error}") from None
+    except OSError as error:
+        raise RequestError(f"the prompt file {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt file {name} is not UTF-8 at byte {error.start}") from None
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -92,32 +103,33 @@ def _token_ids(text: str) -> list[int]:
 class _Printer:
     """Prints results in prompt order, however they come: with --stream the first unfinished one as it grows."""
 
-    def __init__(self, args: argparse.Namespace, *, enabled: bool):
+    def __init__(self, args: argparse.Namespace, prompts: list | None):
         self._args = args
-        self._enabled = enabled
+        self._streams = args.stream and not args.json
+        # What stands before the text of each prompt.
+        self._heads = ["" if args.chat or args.prompt_ids is not None else prompt for prompt in prompts or ()]
         self._next = 0
         self._text: dict[int, str] = {}
         self._outputs: dict[int, object] = {}
 
     def show(self, index: int, piece: str, output) -> None:
-        if not self._enabled:
-            return
         self._text[index] = self._text.get(index, "") + piece
         if output is not None:
             self._outputs[index] = output
             self._report_seed(output)
-        if self._args.stream and not self._args.json:
-            self._stream()
+        self._grow()
         while self._next in self._outputs:
             self._finish(self._outputs.pop(self._next))
             self._next += 1
-            if self._args.stream and not self._args.json:
-                self._stream()
+            self._grow()
 
-    def _stream(self) -> None:
-        piece = self._text.get(self._next, "")
+    def _grow(self) -> None:
+        """With --stream, prints what is new of the first unfinished prompt, which stands before its text."""
+        if not self._streams or self._next not in self._text:
+            return
+        piece = self._heads[self._next] + self._text[self._next]
+        self._heads[self._next] = self._text[self._next] = ""
         if piece:
-            self._text[self._next] = ""
             sys.stdout.write(piece)
             sys.stdout.flush()
 
@@ -126,12 +138,10 @@ class _Printer:
             line = json.dumps({"index": output.index, "prompt_token_ids": output.prompt_token_ids,
                                "token_ids": output.token_ids, "text": output.text,
                                "finish_reason": output.finish_reason}, ensure_ascii=False)
-        elif self._args.stream:
-            line = ""
         elif output.text is None:
             line = ",".join(str(token) for token in output.token_ids)
         else:
-            line = output.text if self._args.chat else (output.prompt or "") + output.text
+            line = "" if self._streams else self._heads[output.index] + output.text
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

@@ -8,7 +8,7 @@ import json
 from cutp.cli.options import MODEL_HELP, positive_int
 
 HELP = "architecture, parameters and memory of a model; needs no MPI and no GPU"
-EXAMPLE = "example: cutp info MODEL --tp 4"
+EXAMPLE = "example: cutp info --tp 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage messages and help come from one rank only: under a launcher every rank parses the same line."""
+    """Usage messages and help come from one rank only: under a launcher every rank parses the same line.
+
+    An error is one line, like every other error.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"cutp: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
     def _print_message(self, message, file=None):
         from cutp.comm.launch import launcher_rank

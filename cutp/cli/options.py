@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cutp.comm import Communicator
     from cutp.engine.llm import LLM
 
 MODEL_HELP = "a model directory, or a repository id in the local Hugging Face cache"
@@ -26,21 +27,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
-def open_llm(args: argparse.Namespace) -> LLM:
-    """The LLM that `args` describe; on rank 0 a long load shows its progress on a terminal."""
-    from cutp.comm.launch import launcher_rank
+def open_llm(args: argparse.Namespace, comm: Communicator) -> LLM:
+    """The LLM that `args` describe, over `comm`; on rank 0 a long load shows its progress on a terminal."""
     from cutp.engine.llm import LLM
 
-    level = logging.WARNING if launcher_rank() in (None, 0) else logging.ERROR
+    level = logging.WARNING if comm.rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="cutp: %(levelname)s: %(message)s")
     with _LoadProgress() as progress:
-        return LLM(args.model, tp=args.tp, device=args.device, dtype=args.dtype, max_len=args.max_len,
+        return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len,
                    progress=progress.show if sys.stderr.isatty() else None)
 
 

@@ -45,9 +45,10 @@ class Intake:
         """Requests that answer `conversations`."""
         return self._generation(_plain_conversations, conversations, params, self._render)
 
-    def scoring(self, texts: Any) -> list[Request]:
-        """Requests that score `texts`."""
-        ids = self._share(lambda: plain_prompts(texts), texts, lambda value: self._tokenize(value, room=0))
+    def scoring(self, texts: Any, names: Sequence[str] | None = None) -> list[Request]:
+        """Requests that score `texts`, which errors call by `names`."""
+        ids = self._share(lambda: plain_prompts(texts), texts,
+                          lambda value: self._tokenize(value, room=0, names=names))
         return [Request(index, None, each, max_total=len(each)) for index, each in enumerate(ids)]
 
     def _generation(self, plain: Callable, prompts: Any, params: Any, render: Callable) -> list[Request]:
@@ -77,12 +78,11 @@ class Intake:
         return Request(index, text, ids, max_total, params, frozenset(ends), stream)
 
     def _complete(self, params: Sequence[dict]) -> list[dict]:
-        """The parameters checked, with the checkpoint's defaults and a seed (one is drawn for all who have none)."""
+        """The parameters with the checkpoint's defaults and a seed (one is drawn for all who have none)."""
         drawn = secrets.randbits(63)
         result = []
         for each in params:
             one = SamplingParams.from_dict(each)
-            one.check()
             if one.stop and self._tokenizer is None:
                 raise RequestError("stop strings need a tokenizer.json", hint="use stop_token_ids")
             one = one.with_defaults(self._defaults)
@@ -94,18 +94,22 @@ class Intake:
             raise RequestError("the model has no chat template", hint="pass plain prompts")
         return [self._chat_template.render(messages) for messages in conversations]
 
-    def _tokenize(self, prompts: Sequence[str | list[int]], *, room: int, add_special_tokens: bool = True):
+    def _tokenize(self, prompts: Sequence[str | list[int]], *, room: int, add_special_tokens: bool = True,
+                  names: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of every prompt, checked; `room` tokens must fit behind each."""
         result = []
         for index, prompt in enumerate(prompts):
+            name = names[index] if names else f"prompt {index}"
             if len(prompt) == 0:
-                raise RequestError(f"prompt {index} is empty")
+                raise RequestError(f"{name} is empty")
             if isinstance(prompt, str):
                 if self._tokenizer is None:
-                    raise RequestError(f"prompt {index} is text, but the model has no tokenizer.json",
-                                       hint="pass token ids")
-                prompt = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-            check_ids(prompt, index, self._vocab_size, self._max_len, room)
+                    raise RequestError(f"{name} is text, but the model has no tokenizer.json", hint="pass token ids")
+                try:
+                    prompt = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+                except RequestError as error:
+                    raise RequestError(f"{name}: {error.message}", hint=error.hint) from None
+            check_ids(prompt, name, self._vocab_size, self._max_len, room)
             result.append(prompt)
         return result
 
@@ -115,6 +119,17 @@ class Intake:
         Raises InputMismatchError when another rank's input is there and differs; otherwise, on all ranks, whatever
         CutpError reading or preparing raised on rank 0.
         """
+        try:
+            return self._shared(read, given, prepare)
+        except CutpError as error:
+            # Raised by all ranks alike (but for errors of communication, which the ranks know of).
+            self._comm.host.agreed_error = error
+            raise
+        except BaseException as error:
+            self._comm.fail(error)
+            raise
+
+    def _shared(self, read: Callable[[], Any], given: Any, prepare: Callable[[Any], Any]) -> Any:
         value = error = None
         if given is not None:
             try:
@@ -155,9 +170,10 @@ class Intake:
 
 def _plain_conversations(conversations: Any) -> list:
     """A list of conversations, each a JSON-safe list of messages; one conversation is a list of one."""
-    if conversations and isinstance(conversations[0], dict):
-        conversations = [conversations]
     try:
-        return json.loads(json.dumps(list(conversations)))
-    except (TypeError, ValueError) as error:
+        conversations = list(conversations)
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        return json.loads(json.dumps(conversations))
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"conversations must be lists of messages made of plain values: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from cutp.engine.outputs import GenerationOutput, ScoreOutput
 from cutp.engine.runner import ModelRunner
 from cutp.engine.sampling_params import SamplingParams
 from cutp.engine.scheduler import Scheduler
-from cutp.errors import ClosedError, ConfigError
+from cutp.errors import CapacityError, ClosedError, ConfigError
 from cutp.kv_cache.paged import PageAllocator, PagedKVCache
 from cutp.kv_cache.params import PAGE_SIZE
-from cutp.models.load import load_weights
+from cutp.models.load import check_weights, load_weights
 from cutp.models.registry import find_family
 
 # Tokens of one forward pass, and requests that run at once. On the CPU larger passes gain nothing.
@@ -60,6 +60,7 @@ class LLM:
                  device: str = "auto", dtype: Any = None, max_len: int | None = None, *,
                  progress: Callable[[int, int], None] | None = None):
         self._core: EngineCore | None = None
+        self._under_way: Generator | None = None
         self.comm, self._owns_comm = as_communicator(comm)
         try:
             with self.comm.host.agree("loading the model"):
@@ -86,6 +87,7 @@ class LLM:
                               load_generation_config(self.path, config), sizes.vocab_size, self.max_len)
         self.model = family.build(config, DeviceGroup([device] * size, self.comm), dtype, PAGE_SIZE)
         with Checkpoint(self.path) as checkpoint:
+            check_weights(self.model, checkpoint, family)
             check_weights_fit(self.model, self.comm)
             load_weights(self.model, checkpoint, family, self._progress(progress))
 
@@ -105,7 +107,11 @@ class LLM:
     def _make_engine(self) -> None:
         params = self.model.kv_params
         pages = plan_cache_pages(params, self.max_len, self.comm)
-        cache = PagedKVCache.allocate(params, pages, self.comm.size, self.comm.rank)
+        try:
+            cache = PagedKVCache.allocate(params, pages, self.comm.size, self.comm.rank)
+        except MemoryError:
+            raise CapacityError(f"there is no memory for a cache of {pages * params.page_size} tokens",
+                                hint="set a smaller max_len") from None
         scheduler = Scheduler(PageAllocator(pages, params.page_size), MAX_BATCH_TOKENS, MAX_RUNNING)
         self._core = EngineCore(ModelRunner(self.model, cache, self.comm), scheduler, self.comm)
 
@@ -140,24 +146,26 @@ class LLM:
                chat: bool = False) -> Iterator[tuple[int, str, GenerationOutput | None]]:
         """`generate` (or `chat`) as it happens: yields (prompt index, new text, the result once it is complete).
 
-        Every rank must exhaust the iterator. The text is "" for a model without a tokenizer.
+        Every rank must exhaust the iterator, or leave it at the same place: the next call of any method ends it. The
+        text is "" for a model without a tokenizer.
         """
         intake = self._open()
         return self._stream(intake.chat(prompts, params) if chat else intake.generation(prompts, params))
 
-    def score(self, texts: str | Sequence | None = None) -> list[ScoreOutput]:
+    def score(self, texts: str | Sequence | None = None, *, names: Sequence[str] | None = None) -> list[ScoreOutput]:
         """The log-probability of every token of every text (or token-id sequence), given the tokens before it.
 
-        Raises RequestError (on all ranks, before any work) for a text that cannot be scored.
+        names: what errors call each text (default "prompt 0", ...). Raises RequestError (on all ranks, before any
+        work) for a text that cannot be scored.
         """
-        requests = self._open().scoring(texts)
-        self._core.check_capacity(requests)
-        for _ in self._core.run(requests):
+        requests = self._open().scoring(texts, names)
+        for _ in self._run(requests):
             pass
         return [request.score_output() for request in requests]
 
     def close(self) -> None:
         """Frees the model and the duplicated communicator; safe to call twice."""
+        self._leave()
         self._core = self.model = self._intake = None
         if self._owns_comm:
             self.comm.close()
@@ -165,7 +173,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._owns_comm:
+            self.comm.__exit__(kind, error, traceback)  # tells the other ranks that this one is gone
         self.close()
 
     def __repr__(self) -> str:
@@ -177,9 +187,20 @@ class LLM:
         return self._intake
 
     def _stream(self, requests) -> Iterator[tuple[int, str, GenerationOutput | None]]:
-        self._core.check_capacity(requests)
         return ((request.index, piece, request.generation_output() if request.finish_reason else None)
-                for request, piece in self._core.run(requests))
+                for request, piece in self._run(requests))
+
+    def _run(self, requests) -> Generator:
+        self._core.check_capacity(requests)
+        self._leave()
+        self._under_way = self._core.run(requests)
+        return self._under_way
+
+    def _leave(self) -> None:
+        """Ends a stream that was not exhausted, so that its requests do not run on beside others."""
+        if self._under_way is not None:
+            self._under_way.close()
+            self._under_way = None
 
     @staticmethod
     def _finished(events: Iterator[tuple[int, str, GenerationOutput | None]]) -> list[GenerationOutput]:

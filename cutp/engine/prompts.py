@@ -19,28 +19,34 @@ def plain_prompts(prompts: Any) -> list[str | list[int]]:
     """
     if isinstance(prompts, str) or _is_ids(prompts):
         prompts = [prompts]
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise RequestError(f"prompts are a {type(prompts).__name__}, not text, token ids or a list of these") from None
     return [prompt if isinstance(prompt, str) else _ids(prompt, index) for index, prompt in enumerate(prompts)]
 
 
 def each_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """One SamplingParams a prompt; RequestError when their number does not fit."""
+    """One SamplingParams a prompt, checked; RequestError when one is bad or their number does not fit."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    params = list(params)
-    if len(params) != count or not all(isinstance(p, SamplingParams) for p in params):
+        params = [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or len(params) != count or \
+            not all(isinstance(p, SamplingParams) for p in params):
         raise RequestError(f"{count} prompts need one SamplingParams, or a list of {count}")
-    return params
+    for each in params:
+        each.check()
+    return list(params)
 
 
-def check_ids(ids: Sequence[int], index: int, vocab_size: int, max_len: int, room: int) -> None:
+def check_ids(ids: Sequence[int], name: str, vocab_size: int, max_len: int, room: int) -> None:
     """InvalidTokenError for an id outside the vocabulary, PromptTooLongError unless `room` more tokens fit."""
     bad = next((t for t in ids if not 0 <= t < vocab_size), None)
     if bad is not None:
-        raise InvalidTokenError(f"prompt {index}: token id {bad} is not in 0 .. {vocab_size - 1}")
+        raise InvalidTokenError(f"{name}: token id {bad} is not in 0 .. {vocab_size - 1}")
     if not ids:
-        raise RequestError(f"prompt {index} is empty once tokenized")
+        raise RequestError(f"{name} is empty once tokenized")
     if len(ids) + room > max_len:
-        raise PromptTooLongError(f"prompt {index} has {len(ids)} tokens, more than the {max_len - room} that fit"
+        raise PromptTooLongError(f"{name} has {len(ids)} tokens, more than the {max_len - room} that fit"
                                  + (" with room for one more" if room else ""))
 
 

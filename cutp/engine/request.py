@@ -9,7 +9,7 @@ from cutp.engine.sampling_params import SamplingParams
 from cutp.engine.text_stream import TextStream
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Tokens in, tokens out.
 
@@ -67,6 +67,8 @@ class Request:
                 self.finish_reason = "length"
         if self.finish_reason is not None and self.text_stream is not None:
             piece += self.text_stream.finish()
+            if self.text_stream.stopped:
+                self.finish_reason = "stop"
         return piece
 
     def generation_output(self) -> GenerationOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
-    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    good = not isinstance(value, bool) and isinstance(value, (int, float)) and value <= sys.float_info.max
     if not good or not low <= value <= high or (open_low and value == low):
         bounds = f"{'above' if open_low else 'at least'} {low:g}"
         if high < math.inf:
