@@ -64,8 +64,14 @@ class DeviceGroup(Sequence[DeviceRef]):
         return tuple(self.devices[rank] for rank in self.local_ranks)
 
     def all_reduce(self, xs: list[np.ndarray]) -> list[np.ndarray]:
-        """The sum over all ranks in rank order, once for every local shard; the dtype stays."""
+        """The sum over all ranks in rank order, once for every local shard; the dtype stays.
+
+        ConfigError when the local arrays differ in shape or dtype.
+        """
         self._check(xs)
+        if len({(x.shape, x.dtype) for x in xs}) > 1:
+            given = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in xs)
+            raise ConfigError(f"all_reduce needs arrays of one shape and dtype, not {given}")
         if self.comm is not None:
             return [self.comm.all_reduce(xs[0])]
         if self.size == 1:

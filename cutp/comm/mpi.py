@@ -15,13 +15,16 @@ from mpi4py import MPI
 from cutp.comm.blas import cap_blas_threads, usable_cores
 from cutp.comm.mpi_exchange import FRAME_BYTES, MpiExchange, has_incomplete_exchanges
 from cutp.comm.transport import POINT_TO_POINT, Exchange, Transport
-from cutp.errors import CommTimeoutError, ConfigError
+from cutp.errors import CommTimeoutError, ConfigError, PeerFailedError
 
 _FAILURE_TAG = 0
 _POINT_TO_POINT_TAG = 1
 _FIRST_SEQUENCE_TAG = 2
 _CREATE_GROUP_TAG = 3
 _SPARE_FRAMES = 64
+# How long a rank that hears of a peer's failure leaves it to print its traceback. A launcher kills all ranks as soon
+# as one exits with an error, and it should not be the one that knows least.
+_TRACEBACK_SECONDS = 0.5
 
 # What MPI may still use after nobody waits for it any more: buffers and requests.
 _kept_to_the_end: list[object] = []
@@ -114,6 +117,12 @@ class MpiTransport(Transport):
         if self._failure_record is None and self.parent is not None:
             return self.parent.known_failure()
         return self._failure_record
+
+    def peer_failed(self, record: dict[str, Any]) -> PeerFailedError:
+        if not record.get("heard"):
+            record["heard"] = True
+            time.sleep(_TRACEBACK_SECONDS)
+        return super().peer_failed(record)
 
     def take_frame(self) -> np.ndarray:
         """A receive buffer of FRAME_BYTES bytes."""
