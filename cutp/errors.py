@@ -150,7 +150,7 @@ class DeviceError(CutpError):
     """A GPU, its driver or a CUDA library is missing, too old, of an unsupported kind, or reported an error."""
 
     code = "device"
-    exit_code = 6
+    exit_code = 4
 
 
 class KernelCompileError(DeviceError):

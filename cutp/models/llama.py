@@ -12,6 +12,7 @@ from cutp.kv_cache.params import KVCacheParams
 from cutp.models.decoder_config import DecoderConfig
 from cutp.models.registry import ModelFamily, register
 from cutp.nn.attention import AttentionWithRope, TensorParallelAttentionWithRope
+from cutp.nn.distributed_gemm import DistributedGemmConfig
 from cutp.nn.distributed_transformer import DistributedTransformer, DistributedTransformerBlock
 from cutp.nn.embedding import VocabParallelEmbedding
 from cutp.nn.linear import ColumnParallelLinear
@@ -26,6 +27,7 @@ def build(config: ModelConfig, devices: DeviceGroup, dtype: np.dtype, page_size:
     # LlamaRotaryEmbedding turns whole heads; its default type does not read partial_rotary_factor.
     parameters = replace(c.rope, partial_rotary_factor=1.0) if c.rope.rope_type == "default" else c.rope
     rope = RotaryEmbedding(c.head_dim, max_seq_len=c.max_position_embeddings, parameters=parameters)
+    gemm_config = DistributedGemmConfig.generate()
     attention_bias = config.boolean("attention_bias", False)
     mlp_bias = config.boolean("mlp_bias", False)
 
@@ -36,8 +38,8 @@ def build(config: ModelConfig, devices: DeviceGroup, dtype: np.dtype, page_size:
         attention = AttentionWithRope(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype,
                                       rope, has_bias=attention_bias)
         mlp = MLP(c.hidden_size, c.intermediate_size, dtype, activation=c.hidden_act, has_bias=mlp_bias)
-        return DistributedTransformerBlock(TensorParallelAttentionWithRope(attention, devices), mlp, norm(), norm(),
-                                           devices)
+        return DistributedTransformerBlock(TensorParallelAttentionWithRope(attention, devices, gemm_config), mlp,
+                                           norm(), norm(), devices, gemm_config)
 
     embedding = VocabParallelEmbedding(c.vocab_size, c.hidden_size, dtype, devices)
     head = ColumnParallelLinear(c.hidden_size, c.vocab_size, dtype, devices,
