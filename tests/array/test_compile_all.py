@@ -1,0 +1,80 @@
+"""Every kernel of cutp compiles for every architecture and variant it declares, and spills no registers."""
+
+import pytest
+
+from cutp.array.kernel_cache import KernelCache
+from cutp.array.kernel_source import kernel_sources
+from cutp.array.precompile import shared_cache
+from tests.array.compile_check import compile_all, read_budget
+from tests.array.samples import SPILLING, needs_nvrtc, write_scale
+
+pytestmark = needs_nvrtc
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    sources = kernel_sources()
+    if not sources:
+        pytest.skip("cutp/ops has no kernels")
+    return compile_all(sources, shared_cache())
+
+
+def test_every_declared_variant_compiles(outcome):
+    assert not outcome.errors, "\n".join(outcome.errors)
+
+
+def test_no_kernel_spills_more_registers_than_its_budget(outcome):
+    over = outcome.over_budget(read_budget())
+    assert not over, "\n".join(over)
+
+
+def test_the_budget_names_only_what_is_compiled(outcome):
+    assert outcome.errors or outcome.unknown(read_budget()) == []
+
+
+# The checks themselves, on kernels that must not pass them.
+
+KEY = "spilling.cu/spilling//sm_80"
+
+
+@pytest.fixture
+def samples(tmp_path):
+    write_scale(tmp_path)
+    (tmp_path / "spilling.cu").write_text(SPILLING)
+    return lambda: compile_all(kernel_sources(tmp_path), KernelCache(tmp_path / "cache"))
+
+
+def test_spills_are_found_and_can_be_allowed(samples):
+    found = samples()
+    assert found.errors == [] and len(found.usage) == 7
+    assert "scale.cu/scale/FACTOR=3/sm_90a" in found.usage
+    (complaint,) = found.over_budget({})
+    spills = found.usage[KEY].spills
+    assert complaint == f"{KEY}: {spills} bytes of spills, 0 allowed (32 registers)"
+    assert found.over_budget({KEY: spills}) == [] and len(found.over_budget({KEY: spills - 1})) == 1
+    assert found.unknown({KEY: 1, "spilling.cu/spilling//sm_90a": 1}) == ["spilling.cu/spilling//sm_90a"]
+
+
+def test_a_variant_that_does_not_compile_is_found(samples, tmp_path):
+    (tmp_path / "half.cu").write_text("""\
+// archs: sm_80
+// variants: N=1,2
+#if N == 2
+#error two is too many
+#endif
+extern "C" __global__ void half_done(int* x) { *x = N; }
+""")
+    (tmp_path / "empty.cu").write_text("// archs: sm_90a\n__device__ int x;\n")
+    errors = samples().errors
+    assert len(errors) == 2
+    assert errors[0] == "empty.cu has no kernel for sm_90a with "
+    assert errors[1].startswith("kernel half.cu does not compile for sm_80 with N=2: half.cu(4): ")
+
+
+def test_the_budget_file(tmp_path):
+    assert read_budget(tmp_path / "none.json") == {}
+    (tmp_path / "budget.json").write_text(f'{{"{KEY}": 64}}')
+    assert read_budget(tmp_path / "budget.json") == {KEY: 64}
+    (tmp_path / "budget.json").write_text(f'{{"{KEY}": 0}}')
+    with pytest.raises(AssertionError, match="above 0"):
+        read_budget(tmp_path / "budget.json")
