@@ -27,9 +27,9 @@ class AttentionWithRope(ShardableModule):
 
     rope: positions, or None for a layer without them. n_kv_heads: each serves n_heads / n_kv_heads query heads.
     has_bias, has_output_bias: biases of the q/k/v and of the output projection. qk_norm_eps: RMS-normalises every
-    query and key head before the rotation (weights `q_norm`, `k_norm`). clip_qkv: clamps the projections to
-    [-clip, clip]. scale: default 1 / sqrt(head_dim). window, softcap, has_sinks: see
-    `cutp.ops.attention.paged_attention`.
+    query and key head before the rotation (weights `q_norm`, `k_norm`). clip_qkv: clamps the projected queries, keys
+    and values to [-clip, clip] (`Linear(clip_weight=...)` clamps a weight instead). scale: default 1 / sqrt(head_dim).
+    window, softcap, has_sinks: see `cutp.ops.attention.paged_attention`. ConfigError for sizes that do not fit.
 
     Accepts the strategies replicate and tensor_parallel; under the second a shard has whole heads and its result is
     a partial sum over ranks.
@@ -39,6 +39,10 @@ class AttentionWithRope(ShardableModule):
                  rope: RotaryEmbedding | None, *, has_bias: bool = False, has_output_bias: bool | None = None,
                  qk_norm_eps: float | None = None, clip_qkv: float | None = None, scale: float | None = None,
                  window: int | None = None, softcap: float | None = None, has_sinks: bool = False):
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ConfigError(f"{n_heads} query heads cannot share {n_kv_heads} key-value heads evenly")
+        if rope is not None and rope.dim != head_dim:
+            raise ConfigError(f"the rotary embedding is for heads of {rope.dim}, the attention has heads of {head_dim}")
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
         self.rope = rope
         self.clip_qkv = clip_qkv
@@ -79,6 +83,11 @@ class AttentionWithRope(ShardableModule):
                             window=self.window, softcap=self.softcap,
                             sinks=None if self.sinks is None else self.sinks.value)
         return y.reshape(len(x), self.n_heads * self.head_dim)
+
+    def signature(self) -> dict[str, object]:
+        rope = self.rope
+        setting = rope and (rope.dim, rope.rotary_dim, rope.interleaved, rope.max_seq_len, rope.parameters)
+        return {**super().signature(), "rope": setting}
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.kind in ("replicate", "tensor_parallel")

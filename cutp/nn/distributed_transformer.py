@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from cutp.ops.residual import residual_add, scale
 T = TypeVar("T")
 
 
+@runtime_checkable
 class ShardableCallable(Shardable, Protocol):
     """A layer that can be sharded and called: what a block takes as its norm or its feed-forward layer."""
 
@@ -108,7 +109,8 @@ class DistributedTransformer(Module):
     divided by it. logit_softcapping: cap * tanh(logits / cap), after the scaling. embedding_multiplier: embeddings are
     multiplied by it. return_hidden_states, hidden_state_layers: see `ReturnHiddenStates`.
 
-    Raises ConfigError when the number of layers is not that of `kv_params`, and for subgraph groups that cannot be.
+    Raises ConfigError when the number of layers or heads is not that of `kv_params`, for a mode that is no enum member,
+    a `logits_scaling` of 0, a `logit_softcapping` that is not positive, and for subgraph groups that cannot be.
     """
 
     def __init__(self, dim: int, n_heads: int, layers: Iterable[DistributedTransformerBlock], norm: ShardableCallable,
@@ -131,8 +133,22 @@ class DistributedTransformer(Module):
         self.logits_scaling, self.logit_softcapping = logits_scaling, logit_softcapping
         self.embedding_multiplier = embedding_multiplier
         self.return_hidden_states = return_hidden_states
+        for name, part in (("embedding", embedding), ("output", output), *(("layer", layer) for layer in self.layers)):
+            if part.group.size != self.group.size:
+                raise ConfigError(f"the {name} is divided over {part.group.size} devices, the model over "
+                                  f"{self.group.size}")
         if len(self.layers) != kv_params.num_layers:
             raise ConfigError(f"{len(self.layers)} layers were given, but kv_params is for {kv_params.num_layers}")
+        if n_heads != kv_params.n_heads:
+            raise ConfigError(f"n_heads is {n_heads}, but kv_params is for {kv_params.n_heads}")
+        if not isinstance(return_logits, ReturnLogits):
+            raise ConfigError(f"return_logits is {return_logits!r}, not a ReturnLogits")
+        if not isinstance(return_hidden_states, ReturnHiddenStates):
+            raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, not a ReturnHiddenStates")
+        if logits_scaling == 0:
+            raise ConfigError("logits_scaling is 0; logits are divided by it")
+        if logit_softcapping is not None and logit_softcapping <= 0:
+            raise ConfigError(f"logit_softcapping is {logit_softcapping}, it must be positive or None")
         self.hidden_state_layers = check_selected_layers(return_hidden_states, hidden_state_layers, len(self.layers))
         self.layer_runs = plan_layer_runs(self.layers, use_subgraphs, subgraph_layer_groups)
 
@@ -140,17 +156,18 @@ class DistributedTransformer(Module):
     def vocab_size(self) -> int:
         return self.embed_tokens.vocab_size
 
-    def __call__(self, batch: RaggedBatch, caches: Sequence[PagedKVCache], return_n_logits: int = 1) -> tuple:
+    def __call__(self, batch: RaggedBatch, caches: Sequence[PagedKVCache],
+                 return_n_logits: int | np.ndarray = 1) -> tuple:
         """Logits of the rows that `return_logits` names, float32 and equal on every device; hidden states if asked for.
 
         batch: the new tokens of B requests, T in all, with their cache lengths and lookup table. caches: one a local
-        device; the new keys and values are written into them. return_n_logits: n of VARIABLE.
+        device; the new keys and values are written into them. return_n_logits: n of VARIABLE (or an array of one).
 
         LAST_TOKEN: (last [B, V],). VARIABLE: (last [B, V], the last n of each request [B * n, V], offsets
         0, n, 2n, ... int64 [B + 1]). ALL: (last [B, V], [T, V], input_row_offsets). Hidden states, if any, come last.
         Norm and head run once, on the rows that are needed. Raises RequestError for a request of fewer than n tokens.
         """
-        mode = self.return_logits
+        mode, return_n_logits = self.return_logits, int(np.asarray(return_n_logits).item())
         rows = logit_rows(mode, batch.input_row_offsets, return_n_logits)
         selected: list[np.ndarray] = []
         hs = self.hidden_states(batch, caches, selected)
@@ -174,6 +191,7 @@ class DistributedTransformer(Module):
 
         Appends the residual stream after each of `hidden_state_layers`, in that order, to `selected`.
         """
+        self._check_caches(batch, caches)
         hs = [scale(h, self.embedding_multiplier) for h in self.embed_tokens(batch.tokens)]
         after: dict[int, np.ndarray] = {}
         for run in self.layer_runs:
@@ -184,6 +202,14 @@ class DistributedTransformer(Module):
         if selected is not None:
             selected.extend(after[index] for index in self.hidden_state_layers)
         return hs
+
+    def _check_caches(self, batch: RaggedBatch, caches: Sequence[PagedKVCache]) -> None:
+        if len(caches) != len(self.group.local_ranks):
+            raise ConfigError(f"{len(caches)} caches were given for {len(self.group.local_ranks)} local devices")
+        for cache in caches:
+            if cache.params.page_size != batch.page_size:
+                raise ConfigError(f"the batch is for pages of {batch.page_size} tokens, "
+                                  f"the cache has pages of {cache.params.page_size}")
 
     def local_logits(self, hs: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
         """Each local device's slice of the logits of `rows`, float32 [R, V_local], scaled and capped, not gathered."""

@@ -19,12 +19,14 @@ class Linear(ShardableModule):
     Sharded along axis 0 ("rowwise", and the segmented kinds) it is a column-parallel layer: each rank computes some
     of the outputs, with their part of the bias. Sharded along axis 1 ("columnwise", "head_aware_columnwise") it is
     a row-parallel layer: each rank takes some of the inputs and computes a partial sum of all outputs, and only
-    rank 0 keeps the bias, so that the sum over ranks has it once.
+    rank 0 keeps the bias, so that the sum over ranks has it once. clip_weight: the weight is clamped to
+    [-clip_weight, clip_weight] when it is loaded.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, dtype: np.dtype, *, has_bias: bool = False):
+    def __init__(self, in_dim: int, out_dim: int, dtype: np.dtype, *, has_bias: bool = False,
+                 clip_weight: float | None = None):
         self.in_dim, self.out_dim = in_dim, out_dim
-        self.weight = Weight((out_dim, in_dim), dtype)
+        self.weight = Weight((out_dim, in_dim), dtype, clip=clip_weight)
         self.bias = Weight((out_dim,), dtype) if has_bias else None
 
     def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

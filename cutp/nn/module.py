@@ -15,7 +15,7 @@ import numpy as np
 
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError, MissingTensorError, ShapeMismatchError
-from cutp.nn.sharding import Ranges, ShardingStrategy
+from cutp.nn.sharding import Ranges, Shardable, ShardingStrategy
 
 # Where weights live on the CPU: NumPy multiplies float32 matrices 10 to 100 times faster than 16-bit ones.
 CPU_STORAGE = np.dtype(np.float32)
@@ -24,15 +24,17 @@ CPU_STORAGE = np.dtype(np.float32)
 class Weight:
     """One named parameter: `shape` of the whole tensor, `dtype` its values are rounded to, and one rank's share.
 
-    data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`.
+    data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`. clip: values are clamped
+    to [-clip, clip] when they are stored.
     """
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, *, strategy: ShardingStrategy | None = None,
-                 rank: int = 0):
+                 rank: int = 0, clip: float | None = None):
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.strategy = strategy
         self.rank = rank
+        self.clip = clip
         self.data: np.ndarray | None = None
         self.sharding_strategy: ShardingStrategy | None = None
 
@@ -76,7 +78,7 @@ class Weight:
         """`rank`'s share as a weight of its own; data that is present is cut along. ConfigError if already cut."""
         if self.strategy is not None:
             raise ConfigError("a weight that is already a shard cannot be sharded again")
-        part = Weight(self.shape, self.dtype, strategy=strategy, rank=rank)
+        part = Weight(self.shape, self.dtype, strategy=strategy, rank=rank, clip=self.clip)
         part.local_shape  # noqa: B018  (raises now, not at load, when the strategy does not fit the shape)
         if self.data is not None:
             part.store(cut(self.data, part.axis, part.ranges))
@@ -87,6 +89,8 @@ class Weight:
         if tuple(array.shape) != self.local_shape:
             raise ShapeMismatchError(f"an array of shape {tuple(array.shape)} was stored in a weight whose share has "
                                      f"shape {self.local_shape}")
+        if self.clip is not None:
+            array = np.clip(array.astype(np.float32), -self.clip, self.clip)
         if array.dtype != self.dtype:
             array = array.astype(self.dtype)
         if self.data is None:
@@ -131,15 +135,20 @@ class Module:
                 yield from child.modules()
 
     def signature(self) -> dict[str, object]:
-        """What must be equal for two modules to compute the same with other weights: name -> shape or setting."""
+        """What must be equal for two modules to compute the same with other weights: name -> shape or setting.
+
+        Shapes are those of whole weights, so that all ranks of a group come to the same answer.
+        """
         found: dict[str, object] = {}
         for name, child in self._children():
             if isinstance(child, Weight):
-                found[name] = f"{child.dtype.name}{list(child.local_shape)}"
+                found[name] = f"{child.dtype.name}{list(child.shape)}"
             else:
                 found.update({f"{name}.{key}" if name else key: value for key, value in child.signature().items()})
         plain = (bool, int, float, str, type(None))
-        found.update({key: value for key, value in vars(self).items() if isinstance(value, plain)})
+        found.update({key: value for key, value in vars(self).items()
+                      if isinstance(value, plain) and not key.startswith("_")})
+        found["class"] = type(self).__qualname__
         return found
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -150,15 +159,16 @@ class Module:
         names = {name for name, _ in self.named_weights()}
         if unknown := sorted(set(tensors) - names):
             raise ConfigError(f"no weight is called {unknown[0]!r}", hint=f"the names are {', '.join(sorted(names))}")
-        for module in self.modules():
-            module.materialize()
         for name, weight in self.named_weights():
             if name not in tensors:
                 raise MissingTensorError(f"no array was given for the weight {name!r}")
-            whole = np.asarray(tensors[name])
-            if whole.shape != weight.shape:
-                raise ShapeMismatchError(f"the array for {name!r} has shape {whole.shape}, not {weight.shape}")
-            weight.store(cut(whole, weight.axis, weight.ranges))
+            if np.shape(tensors[name]) != weight.shape:
+                raise ShapeMismatchError(f"the array for {name!r} has shape {np.shape(tensors[name])}, "
+                                         f"not {weight.shape}")
+        for module in self.modules():
+            module.materialize()
+        for name, weight in self.named_weights():
+            weight.store(cut(np.asarray(tensors[name]), weight.axis, weight.ranges))
 
     def materialize(self) -> None:
         """Prepares storage before the weights are loaded; modules that stack weights override it."""
@@ -168,7 +178,8 @@ class Module:
         for key, value in vars(self).items():
             if isinstance(value, Shards):
                 for shard in value:
-                    yield "" if key == "shards" else key, shard
+                    if isinstance(shard, (Weight, Module)):
+                        yield "" if key == "shards" else key, shard
             elif isinstance(value, (Weight, Module)):
                 yield "" if getattr(value, "transparent", False) else key, value
             elif isinstance(value, list) and value and isinstance(value[0], Module):
@@ -235,7 +246,7 @@ def local_ranks(shardable: Weight | ShardableModule, devices) -> tuple[int, ...]
     return group.local_ranks
 
 
-def sharded(module: ShardableModule, strategy: ShardingStrategy, devices) -> Sequence[ShardableModule]:
-    """Sets the strategy of `module` and shards it."""
+def sharded(module: Shardable, strategy: ShardingStrategy, devices) -> Shards:
+    """Sets the strategy of `module`, which need not be a `Module`, and shards it."""
     module.sharding_strategy = strategy
-    return module.shard(devices)
+    return Shards(module.shard(devices))

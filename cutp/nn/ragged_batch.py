@@ -37,10 +37,18 @@ class RaggedBatch:
         """A batch of new tokens, a list a request, with pages dealt out in order.
 
         For models run by hand: request b owns pages b * n .. (b + 1) * n - 1, where n pages hold `max_total` tokens
-        (default: the longest request), so the same call with growing `cache_lengths` continues the same requests.
+        (default: the longest request). Calls with the same `max_total` and growing `cache_lengths` (tokens each request
+        has in the cache) continue the same requests. Raises ConfigError for another number of `cache_lengths` than
+        requests, for `cache_lengths` without a `max_total`, and for a request longer than that.
         """
         lengths = np.array([len(request) for request in tokens], np.int64)
         cached = np.zeros_like(lengths) if cache_lengths is None else np.asarray(cache_lengths, np.int64)
+        if cached.shape != lengths.shape or (cached < 0).any():
+            raise ConfigError(f"cache_lengths must hold a number >= 0 for each of the {len(lengths)} requests, "
+                              f"not {cached.tolist()}")
+        if cached.any() and max_total is None:
+            raise ConfigError("cache_lengths without max_total: the pages of a request would move as it grows",
+                              hint="give the same max_total in every call")
         longest = int((lengths + cached).max(initial=0))
         total = longest if max_total is None else max_total
         if longest > total:
@@ -79,7 +87,7 @@ class RaggedBatch:
 
     def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of every token for `rope`, [T, rotary_dim / 2] each; computed once a pass."""
-        key = (id(rope), dtype)
+        key = (rope, dtype)
         if key not in self._rotary:
             self._rotary[key] = self._rotary_table(rope, dtype)
         return self._rotary[key]

@@ -27,6 +27,6 @@ def check_selected_layers(mode: ReturnHiddenStates, layers: Sequence[int], num_l
     if (mode is ReturnHiddenStates.SELECTED_LAYERS) != bool(layers):
         raise ConfigError(f"hidden_state_layers is {list(layers)}; it goes with SELECTED_LAYERS and with nothing else")
     for index in layers:
-        if not 0 <= index < num_layers:
-            raise ConfigError(f"hidden_state_layers names layer {index}; the layers are 0 .. {num_layers - 1}")
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_layers:
+            raise ConfigError(f"hidden_state_layers names layer {index!r}; the layers are 0 .. {num_layers - 1}")
     return tuple(layers)

@@ -25,16 +25,16 @@ def plan_layer_runs(layers: Sequence[Module], use_subgraphs: bool = False,
                     groups: Sequence[Sequence[int]] | None = None) -> list[LayerRun]:
     """The runs, in layer order, that cover all layers once: neighbours of the same group form one run.
 
-    Without `groups`, `use_subgraphs` puts layers that are alike into one group each. Raises ConfigError for an empty
-    group, an index out of range, a layer in two groups, or a group whose layers differ in shape or settings; the
-    message names the group and the layers.
+    Without `groups`, `use_subgraphs` puts layers that are alike into one group each. Raises ConfigError, also when
+    `use_subgraphs` is off, for an empty group, an index out of range, a layer in two groups, or a group whose layers
+    differ in shape or settings; the message names the group and the layers.
     """
+    if groups is not None:
+        _check(layers, groups)
     if not use_subgraphs:
         groups = []
     elif groups is None:
         groups = _alike(layers)
-    else:
-        _check(layers, groups)
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     runs: list[LayerRun] = []
     for index in range(len(layers)):
@@ -56,6 +56,8 @@ def _alike(layers: Sequence[Module]) -> list[list[int]]:
 def _check(layers: Sequence[Module], groups: Sequence[Sequence[int]]) -> None:
     owner: dict[int, int] = {}
     for number, group in enumerate(groups):
+        if not isinstance(group, Sequence):
+            raise ConfigError(f"subgraph group {number} is {group!r}, not a list of layers")
         if not len(group):
             raise ConfigError(f"subgraph group {number} is empty")
         for index in group:

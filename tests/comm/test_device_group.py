@@ -14,11 +14,17 @@ CPU = DeviceRef.CPU()
 
 
 def test_of_a_list():
-    devices = [DeviceRef.CPU(), DeviceRef.GPU(3)]
+    devices = [DeviceRef.CPU(), DeviceRef.CPU(3)]
     group = DeviceGroup.of(devices)
-    assert list(group) == devices and len(group) == group.size == 2 and group[1] == DeviceRef.GPU(3)
+    assert list(group) == devices and len(group) == group.size == 2 and group[1] == DeviceRef.CPU(3)
     assert group.local_ranks == (0, 1) and group.local_devices == tuple(devices) and group.comm is None
     assert DeviceGroup.of(group) is group
+
+
+def test_a_gpu_is_refused():
+    """Rather than computing on the CPU without a word."""
+    with pytest.raises(ConfigError, match="CPU"):
+        DeviceGroup.of([DeviceRef.CPU(), DeviceRef.GPU()])
 
 
 def test_of_a_communicator():

@@ -217,3 +217,13 @@ def test_frequencies_follow_the_length_each_request_may_reach():
     whole = layer(0, x, poisoned_caches(params(4, 2))[0], batch_of(LENGTHS))
     for rows, n in zip(np.split(np.arange(len(x)), np.cumsum(LENGTHS)[:-1]), LENGTHS, strict=True):
         close(layer(0, x[rows], poisoned_caches(params(4, 2))[0], batch_of([n])), whole[rows])
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    rope = RotaryEmbedding(4, max_seq_len=8)
+    with pytest.raises(ConfigError, match="5 query heads cannot share 2"):
+        AttentionWithRope(10, 5, 2, 4, float32, rope)
+    with pytest.raises(ConfigError, match="heads of 4, the attention has heads of 6"):
+        AttentionWithRope(10, 4, 2, 6, float32, rope)
+    with pytest.raises(ConfigError, match="window of 0"):
+        AttentionWithRope(10, 4, 2, 4, float32, rope, window=0)

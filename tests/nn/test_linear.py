@@ -218,3 +218,15 @@ def test_errors_of_the_output_head():
     fill(head)
     with pytest.raises(ValueError):
         head([inputs(1, 5)])
+
+
+@pytest.mark.parametrize("n", (1, 3))
+def test_clip_weight(n):
+    layer = Linear(6, 7, float32, clip_weight=0.5)
+    weight = np.random.default_rng(0).standard_normal((7, 6)).astype(np.float32)
+    x = np.eye(6, dtype=np.float32)
+    parts = sharded(layer, ShardingStrategy.rowwise(n), cpus(n))
+    for part in parts:
+        part.load({"weight": weight})
+    got = np.concatenate([part(x) for part in parts], axis=1)
+    np.testing.assert_array_equal(got.T, np.clip(weight, -0.5, 0.5))
