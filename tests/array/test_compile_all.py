@@ -3,7 +3,7 @@
 import pytest
 
 from cutp.array.kernel_cache import KernelCache
-from cutp.array.kernel_source import kernel_sources
+from cutp.array.kernel_source import OPS_DIRECTORY, kernel_sources
 from cutp.array.precompile import shared_cache
 from tests.array.compile_check import compile_all, read_budget
 from tests.array.samples import SPILLING, needs_nvrtc, write_scale
@@ -13,9 +13,7 @@ pytestmark = needs_nvrtc
 
 @pytest.fixture(scope="module")
 def outcome():
-    sources = kernel_sources()
-    if not sources:
-        pytest.skip("cutp/ops has no kernels")
+    sources = [*kernel_sources(), *kernel_sources(OPS_DIRECTORY.parent / "bench")]
     return compile_all(sources, shared_cache())
 
 

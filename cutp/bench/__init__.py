@@ -1,0 +1,1 @@
+"""Measurements that users can run, each beside the limit of the machine it ran on."""

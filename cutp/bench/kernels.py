@@ -1,0 +1,198 @@
+"""Times every kernel at the shapes of an 8B model: `python -m cutp.bench.kernels [--json] [--only TEXT]`.
+
+Shapes: width 4096, 32 query and 8 key-value heads of 128, feed-forward 14336, vocabulary 128256, bfloat16, pages of 64
+tokens. Bytes are those that must be moved. Kernels are held against what this GPU reads, and prefill attention against
+what cuBLASLt computes, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cutp.array import cuda
+from cutp.array.dtypes import bfloat16
+from cutp.array.gemm import linear
+from cutp.bench.limits import Limits, normal
+from cutp.bench.timing import copies_beyond_cache, microseconds
+from cutp.ops.activation_cuda import gated_activation
+from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor, decode_attention, decode_plan, decode_workspace
+from cutp.ops.embedding_cuda import embedding
+from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
+from cutp.ops.residual_cuda import residual_add
+from cutp.ops.rms_norm_cuda import add_rms_norm, rms_norm
+from cutp.ops.rotary_cuda import rotary_kv_write
+from cutp.ops.skinny_gemm_cuda import skinny_gemm
+
+DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAGE = 4096, 32, 8, 128, 14336, 128256, 64
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+MATRICES = {"qkv": (QKV, DIM), "o": (DIM, DIM), "gate_up": (2 * FFN, DIM), "down": (DIM, FFN), "head": (VOCAB, DIM)}
+TOKENS = (1, 8, 32, 4096)
+BATCHES = (1, 8, 32)
+CONTEXTS = (1024, 8192, 32768)
+PROMPTS = (1024, 4096, 16384)
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(copy) gives the call that starts the kernel on its own data; amount: bytes moved, or FLOP when `flops`."""
+
+    kernel: str
+    case: str
+    amount: float
+    make: Callable[[], Callable[[], object]]
+    flops: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line: rate in GB/s or TFLOP/s, and the percentage of the limit measured in this run."""
+
+    kernel: str
+    case: str
+    microseconds: float
+    rate: float
+    unit: str
+    percent: float
+
+
+def row_cases() -> Iterator[Case]:
+    """Kernels whose work is proportional to the number of tokens."""
+    cupy = cuda.cupy()
+
+    def empty(*shape: int) -> Any:
+        return cupy.empty(shape, bfloat16)
+
+    for t in TOKENS:
+        def norm(t=t):
+            x, w, out = normal((t, DIM)), normal((DIM,)), empty(t, DIM)
+            return lambda: rms_norm(x, w, 1e-5, out=out)
+
+        def add_norm(t=t):
+            x, r, w, out, r_out = normal((t, DIM)), normal((t, DIM)), normal((DIM,)), empty(t, DIM), empty(t, DIM)
+            return lambda: add_rms_norm(x, r, w, 1e-5, out=out, residual_out=r_out)
+
+        def add(t=t):
+            x, y, out = normal((t, DIM)), normal((t, DIM)), empty(t, DIM)
+            return lambda: residual_add(x, y, out=out)
+
+        def gather(t=t):
+            table, out = normal((VOCAB, DIM)), empty(t, DIM)
+            tokens = cupy.asarray(np.random.default_rng(1).integers(0, VOCAB, t, np.int64))
+            return lambda: embedding(tokens, table, 0, out=out)
+
+        def rotary(t=t):
+            qkv, q_out = normal((t, QKV)), empty(t, HEADS, HEAD_DIM)
+            cos, sin = normal((t, HEAD_DIM // 2), np.float32), normal((t, HEAD_DIM // 2), np.float32)
+            pages = empty(-(-t // PAGE), 2, KV_HEADS, PAGE, HEAD_DIM)
+            slots = cupy.arange(t, dtype=np.int64)
+            return lambda: rotary_kv_write(qkv, cos, sin, slots, pages, q_out=q_out)
+
+        def swiglu(t=t):
+            gate_up, out = normal((t, 2 * FFN)), empty(t, FFN)
+            return lambda: gated_activation(gate_up, "silu", out=out)
+
+        yield Case("rms_norm", f"T={t}", 4.0 * t * DIM, norm)
+        yield Case("add_rms_norm", f"T={t}", 8.0 * t * DIM, add_norm)
+        yield Case("residual_add", f"T={t}", 6.0 * t * DIM, add)
+        yield Case("embedding", f"T={t}", 4.0 * t * DIM, gather)
+        yield Case("rotary_kv_write", f"T={t}", 4.0 * t * QKV + 4.0 * t * HEAD_DIM, rotary)
+        yield Case("gated_activation", f"T={t}", 6.0 * t * FFN, swiglu)
+
+
+def gemm_cases(limits: Limits) -> Iterator[Case]:
+    """The skinny GEMM, and cuBLASLt beside it, on the matrices of a layer and the head."""
+    cupy = cuda.cupy()
+    for name, (n, k) in MATRICES.items():
+        for m in BATCHES:
+            def ours(n=n, k=k, m=m):
+                x, w, out = normal((m, k)), normal((n, k)), cupy.empty((m, n), bfloat16)
+                return lambda: skinny_gemm(x, w, out=out)
+
+            def cublas(n=n, k=k, m=m):
+                x, w, out = normal((m, k)), normal((n, k)), cupy.empty((m, n), bfloat16)
+                return lambda: linear(x, w, out, workspace=limits.workspace)
+
+            moved = 2.0 * (n * k + m * k + m * n)
+            yield Case("skinny_gemm", f"{name} {n}x{k} M={m}", moved, ours)
+            yield Case("cuBLASLt", f"{name} {n}x{k} M={m}", moved, cublas)
+
+
+def decode_cases() -> Iterator[Case]:
+    """Decode attention at several batch sizes and contexts, its plan not included (it runs once a step)."""
+    cupy = cuda.cupy()
+    for batch in BATCHES:
+        for context in CONTEXTS:
+            per_request = context // PAGE
+            if batch * context > 32 * 8192:
+                continue
+
+            def make(batch=batch, context=context, per_request=per_request):
+                table = np.random.default_rng(2).permutation(batch * per_request).reshape(batch, per_request)
+                pages = normal((batch * per_request, 2, KV_HEADS, PAGE, HEAD_DIM))
+                lengths = cupy.full(batch, context, np.int32)
+                shapes = decode_workspace(batch, context, HEADS, KV_HEADS, HEAD_DIM)
+                plan = cupy.zeros(shapes.plan, np.int32)
+                partials, counters = cupy.empty(shapes.partials, np.float32), cupy.zeros(shapes.counters, np.uint32)
+                decode_plan(lengths, KV_HEADS, plan=plan)
+                q, out = normal((batch, HEADS, HEAD_DIM)), cupy.empty((batch, HEADS, HEAD_DIM), bfloat16)
+                blocks = (cupy.cuda.Device().attributes["MultiProcessorCount"]
+                          * blocks_per_multiprocessor(HEAD_DIM, HEADS // KV_HEADS, bfloat16))
+                lookup_table = cupy.asarray(table.astype(np.int32))
+                return lambda: decode_attention(q, pages, lookup_table, lengths, plan, HEAD_DIM**-0.5,
+                                                partials=partials, counters=counters, blocks=blocks, out=out)
+
+            yield Case("decode_attention", f"B={batch} context={context}", 4.0 * batch * context * KV_HEADS * HEAD_DIM,
+                       make)
+
+
+def prefill_cases() -> Iterator[Case]:
+    """Causal prefill attention of one prompt."""
+    cupy = cuda.cupy()
+    for t in PROMPTS:
+        def make(t=t):
+            table = np.random.default_rng(3).permutation(t // PAGE)[None].astype(np.int32)
+            pages = normal((t // PAGE, 2, KV_HEADS, PAGE, HEAD_DIM))
+            q, out = normal((t, HEADS, HEAD_DIM)), cupy.empty((t, HEADS, HEAD_DIM), bfloat16)
+            work = cupy.asarray(prefill_work_list([t], [0], HEADS // KV_HEADS))
+            offsets, cached = cupy.asarray(np.array([0, t], np.int32)), cupy.zeros(1, np.int32)
+            lookup_table = cupy.asarray(table)
+            return lambda: prefill_attention(q, pages, lookup_table, offsets, cached, work, HEAD_DIM**-0.5, out=out)
+
+        yield Case("prefill_attention", f"T={t}", 2.0 * t * t * HEADS * HEAD_DIM, make, flops=True)
+
+
+def measure(case: Case, limits: Limits) -> Result:
+    copies = 1 if case.flops else copies_beyond_cache(int(case.amount))
+    time = microseconds([case.make() for _ in range(copies)], least_launches=10)
+    if case.flops:
+        rate = case.amount / time / 1e6
+        return Result(case.kernel, case.case, time, rate, "TFLOP/s", 100 * rate / limits.matmul_tflops)
+    rate = case.amount / time / 1e3
+    return Result(case.kernel, case.case, time, rate, "GB/s", 100 * rate / limits.read_gbps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cutp.bench.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON line a case")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only kernels whose name contains this")
+    args = parser.parse_args()
+    limits = Limits()
+    head = {"read_gbps": round(limits.read_gbps, 1), "matmul_tflops": round(limits.matmul_tflops, 1)}
+    print(json.dumps(head) if args.json else f"this GPU: reads {limits.read_gbps:.0f} GB/s, "
+          f"cuBLASLt 8192^3 {limits.matmul_tflops:.0f} TFLOP/s", flush=True)
+    for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases()):
+        if args.only not in case.kernel:
+            continue
+        r = measure(case, limits)
+        print(json.dumps(asdict(r)) if args.json else f"{r.kernel:<18} {r.case:<26} {r.microseconds:9.1f} us "
+              f"{r.rate:8.1f} {r.unit:<8} {r.percent:5.1f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()
