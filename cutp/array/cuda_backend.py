@@ -14,8 +14,9 @@ from cutp.array.kernel_source import read_source
 from cutp.array.precompile import KernelSpec, build
 from cutp.errors import ConfigError, DeviceError
 
-PLAIN_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a kernel may use without asking for it."""
+PLAIN_SHARED_BYTES = 32 * 1024
+"""Dynamic shared memory that a kernel may use without asking for it. The limit is 48 KB, with the static shared memory
+and what aligning the dynamic one takes."""
 
 
 class CudaBackend:

@@ -23,7 +23,8 @@ def linear(x: Any, w: Any, out: Any, bias: Any = None, *, workspace: Any, allow_
 
     x [M, K], w [N, K], out [M, N]: CuPy arrays whose rows are contiguous (the rows may be apart); bias [N] or None.
     x and w are bfloat16, float16 or float32, out is the same or float32, bias is as out. Sums are formed in float32,
-    the bias is added to them, and the result is rounded once. float32 factors are used as they are, unless
+    the bias is added to them, and the result is rounded once; only where rows are no multiples of 16 bytes, cuBLASLt
+    may round the sums to a 16-bit out before it adds the bias. float32 factors are used as they are, unless
     `allow_tf32` lets the hardware round them to TF32 first.
 
     workspace: a uint8 array (from an Arena; WORKSPACE_BYTES is a good size) that nothing else uses meanwhile: one

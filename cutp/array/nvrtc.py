@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,12 @@ class Nvrtc:
         self, source: str, label: str, options: Sequence[str], headers: Mapping[str, str]
     ) -> tuple[bytes | None, str]:
         """(cubin, log); the cubin is None if the source does not compile. Other threads run meanwhile."""
+        _compile_once_alone(self)
+        return self._compile(source, label, options, headers)
+
+    def _compile(
+        self, source: str, label: str, options: Sequence[str], headers: Mapping[str, str]
+    ) -> tuple[bytes | None, str]:
         program = ctypes.c_void_p()
         names = list(headers)
         created = self._lib.nvrtcCreateProgram(
@@ -76,6 +83,17 @@ class Nvrtc:
 
 
 _COMPILATION_FAILED = 6
+_first_compile = threading.Lock()
+_compiled_before = False
+
+
+def _compile_once_alone(library: Nvrtc) -> None:
+    """NVRTC loads its builtins in a process's first compilation; two threads at once have been seen to fail in that."""
+    global _compiled_before
+    with _first_compile:
+        if not _compiled_before:
+            library._compile("", "first.cu", (), {})
+            _compiled_before = True
 
 
 @cache

@@ -38,9 +38,10 @@ template <class A> constexpr bool same_type<A, A> = true;
 // ---- global memory
 
 // 16 bytes of a weight: streamed past L1. Only for memory that nothing writes while the kernel runs or is queued.
+// Not an .nc load: those the assembler moves behind a `pdl_wait` that follows them, this one stays before it.
 __device__ __forceinline__ uint4 load_weight(const void* p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
@@ -63,8 +64,7 @@ __device__ __forceinline__ uint4 load_activation_streamed(const void* p) {
 }
 
 // The same two where `valid`; zeros otherwise, and then `p` is not read. Written without a branch, into which the
-// compiler would move the computation of the address. This weight load is not an .nc one: those the assembler moves
-// behind a `pdl_wait` that follows them, this one stays before it.
+// compiler would move the computation of the address.
 __device__ __forceinline__ uint4 load_weight_if(bool valid, const void* p) {
     uint4 v;
     asm volatile("{\n.reg .pred valid;\nsetp.ne.u32 valid, %5, 0;\n"
@@ -366,11 +366,11 @@ __device__ __forceinline__ float block_max(float v, float* scratch) {
     return v;
 }
 
-// `count` elements as floats, zeros behind them, and back with one rounding each; count <= vector_size<T>. A whole
-// vector is one 16-byte access, fewer elements, as at the end of an array of any length, are one access each.
+// `count` elements as floats, zeros behind them, and back with one rounding each. A whole vector (any count from
+// vector_size<T> on) is one 16-byte access, fewer elements, as at the end of an array of any length, are one access each.
 template <class T>
 __device__ __forceinline__ void load_activations(const T* p, int count, float (&f)[vector_size<T>]) {
-    if (count == vector_size<T>) {
+    if (count >= vector_size<T>) {
         unpack<T>(load_activation(p), f);
     } else {
 #pragma unroll
@@ -379,7 +379,7 @@ __device__ __forceinline__ void load_activations(const T* p, int count, float (&
 }
 template <class T>
 __device__ __forceinline__ void store_activations(T* p, int count, const float (&f)[vector_size<T>]) {
-    if (count == vector_size<T>) {
+    if (count >= vector_size<T>) {
         store_vector(p, pack<T>(f));
     } else {
 #pragma unroll

@@ -133,9 +133,9 @@ def test_large_shared_memory_is_asked_for_once(source, fake, monkeypatch):
     driver = pytest.importorskip("cupy_backends.cuda.api.driver")
     asked = []
     monkeypatch.setattr(driver, "funcSetAttribute", lambda *args: asked.append(args))
-    for size in (1000, 49152, 49153, 60_000, 49153, 100_000):
+    for size in (1000, 32768, 49152, 60_000, 49153, 100_000):
         scale(source, shared_bytes=size)
-    assert asked == [(1234, 8, 49153), (1234, 8, 60_000), (1234, 8, 100_000)]
+    assert asked == [(1234, 8, 49152), (1234, 8, 60_000), (1234, 8, 100_000)]
     with pytest.raises(DeviceError, match="scale wants 100001 bytes of shared memory per block, the GPU has 100000"):
         scale(source, shared_bytes=100_001)
 

@@ -215,3 +215,11 @@ inline u64 global_timer() {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return static_cast<u64>(t.tv_sec) * 1000000000u + static_cast<u64>(t.tv_nsec);
 }
+
+// ---- more of the language: operations that are never fused with others, and the bits of doubles
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline i64 __double_as_longlong(double v) { return bits_as<i64>(v); }
+inline double __longlong_as_double(i64 v) { return bits_as<double>(v); }

@@ -1,0 +1,84 @@
+// Activations of the feed-forward layer, alone and gated. Specification: activation.py.
+//
+// A thread computes the elements of one 16-byte vector of the result. Which function it is, is decided at run time: the
+// branch is the same for the whole grid.
+//
+// archs: sm_80 sm_90a sm_100
+// variants: DTYPE=BF16,F16,F32
+#include "device.cuh"
+
+constexpr int width = vector_size<scalar_t>;
+
+// The numbers of activation_cuda.py.
+enum Activation { SILU, GELU, GELU_TANH, RELU, TANH, SIGMOID };
+
+// The exponential of a non-positive number only: no overflow at either end, and the divisor is between 1 and 2.
+__device__ __forceinline__ float sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    return (x >= 0 ? 1.0f : e) * reciprocal_approx(1.0f + e);
+}
+
+template <Activation kind> __device__ __forceinline__ float activated(float x) {
+    if constexpr (kind == SILU) return x * sigmoid(x);
+    if constexpr (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    if constexpr (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
+    if constexpr (kind == RELU) return x < 0 ? 0.0f : x;  // NaN stays, as fmaxf would not have it
+    if constexpr (kind == TANH) return tanhf(x);
+    if constexpr (kind == SIGMOID) return sigmoid(x);
+}
+
+template <Activation kind> __device__ __forceinline__ void activate_all(float (&x)[width]) {
+#pragma unroll
+    for (int i = 0; i < width; i++) x[i] = activated<kind>(x[i]);
+}
+
+__device__ __forceinline__ void activate(int kind, float (&x)[width]) {
+    switch (kind) {
+    case SILU: return activate_all<SILU>(x);
+    case GELU: return activate_all<GELU>(x);
+    case GELU_TANH: return activate_all<GELU_TANH>(x);
+    case RELU: return activate_all<RELU>(x);
+    case TANH: return activate_all<TANH>(x);
+    case SIGMOID: return activate_all<SIGMOID>(x);
+    }
+}
+
+// out[count] = act(x[count]); out may be x.
+extern "C" __global__ void __launch_bounds__(256)
+activation(const scalar_t* x, scalar_t* out, i64 count, int kind) {
+    const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
+    pdl_wait();
+    pdl_launch_dependents();
+    if (first >= count) return;
+    const int here = min(count - first, static_cast<i64>(width));
+    float values[width];
+    load_activations(x + first, here, values);
+    activate(kind, values);
+    store_activations(out + first, here, values);
+}
+
+// out[rows, columns] = round(act(gate)) * up, where gate_up[rows, 2 * columns] has the gate in its first columns.
+// blockIdx.x is the row. gate is clamped to at most `limit` and up to [-limit, limit]: infinity clamps nothing.
+extern "C" __global__ void __launch_bounds__(256)
+gated_activation(const scalar_t* gate_up, scalar_t* out, int columns, int kind, float limit) {
+    const i64 row = blockIdx.x;
+    const int first = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+    pdl_wait();
+    pdl_launch_dependents();
+    if (first >= columns) return;
+    const scalar_t* in = gate_up + row * 2 * columns + first;
+    const uint4 gate_vector = load_activation(in), up_vector = load_activation(in + columns);
+    float gate[width], up[width];
+    unpack<scalar_t>(gate_vector, gate);
+    unpack<scalar_t>(up_vector, up);
+#pragma unroll
+    for (int i = 0; i < width; i++) {
+        // Comparisons instead of fminf and fmaxf: a NaN must stay one.
+        gate[i] = gate[i] > limit ? limit : gate[i];
+        up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+    }
+    activate(kind, gate);
+#pragma unroll
+    for (int i = 0; i < width; i++) gate[i] = rounded<scalar_t>(gate[i]) * up[i];
+    store_vector(out + row * columns + first, pack<scalar_t>(gate));
+}

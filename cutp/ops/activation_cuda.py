@@ -1,0 +1,65 @@
+"""Launchers of activation.cu. The specifications are `activation` and `gated_activation` of `cutp.ops.activation`."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from cutp.array.kernel import launch
+from cutp.errors import ConfigError
+from cutp.ops.activation import activation_name
+from cutp.ops.launch_arguments import (
+    DTYPE_DEFINES,
+    MAX_ROWS,
+    VECTOR_BYTES,
+    check_array,
+    check_axes,
+    check_dtype,
+    vector_width,
+)
+
+# In the order of the enum in activation.cu.
+_NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"))}
+_WARP, _THREADS, _MAX_GRID_Y = 32, 256, 65535
+
+
+def activation(x: Any, name: str, *, out: Any, pdl: bool = False) -> None:
+    """out = act(x) elementwise. x, out: any shape, contiguous, of one dtype (bfloat16, float16 or float32); `out` may
+    be `x`. `name` as in `cutp.ops.activation`. ConfigError (UnsupportedModelError for `name`) otherwise."""
+    number = _NUMBERS[activation_name(name)]
+    check_dtype("activation", "x", x)
+    check_array("activation", "x", x, x.shape)
+    check_array("activation", "out", out, x.shape, x.dtype)
+    launch(
+        "activation.cu", "activation", -(-x.size // (_THREADS * vector_width(x.dtype))), _THREADS,
+        [x, out, np.int64(x.size), np.int32(number)], defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}",), pdl=pdl,
+    )
+
+
+def gated_activation(gate_up: Any, name: str, *, limit: float | None = None, out: Any, pdl: bool = False) -> None:
+    """out = act(gate) * up. gate_up: [T, 2F], the gate in the first F columns, up in the others; out: [T, F].
+
+    Contiguous, of one dtype (bfloat16, float16 or float32); F is a multiple of 16 bytes. `limit` clamps gate from above
+    and up from both sides before the activation. ConfigError (UnsupportedModelError for `name`) otherwise.
+    """
+    op, number = "gated_activation", _NUMBERS[activation_name(name)]
+    check_dtype(op, "gate_up", gate_up)
+    check_axes(op, "gate_up", gate_up, "T, 2F")
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    check_array(op, "gate_up", gate_up, (rows, 2 * columns))
+    check_array(op, "out", out, (rows, columns), gate_up.dtype)
+    width = vector_width(gate_up.dtype)
+    if columns % width:
+        raise ConfigError(f"{op}: {columns} columns of {gate_up.dtype}; they need a multiple of {VECTOR_BYTES} bytes")
+    vectors = columns // width
+    threads = max(_WARP, min(-(-vectors // _WARP) * _WARP, _THREADS))
+    blocks = -(-vectors // threads)
+    if rows > MAX_ROWS or blocks > _MAX_GRID_Y:
+        raise ConfigError(f"{op}: gate_up of shape {gate_up.shape} is too large for one launch")
+    launch(
+        "activation.cu", "gated_activation", (rows, blocks), threads,
+        [gate_up, out, np.int32(columns), np.int32(number), np.float32(inf if limit is None else limit)],
+        defines=(f"DTYPE={DTYPE_DEFINES[gate_up.dtype.name]}",), pdl=pdl,
+    )

@@ -1,0 +1,202 @@
+"""Launchers of decode_plan.cu and decode_attention.cu. The specification is `cutp.ops.attention.paged_attention`.
+
+    shapes = decode_workspace(batch, max_length, n_heads, n_kv_heads, head_dim)
+    plan, partials = empty(shapes.plan, int32), empty(shapes.partials, float32)
+    counters = zeros(shapes.counters, uint32)
+    decode_plan(kv_lengths, n_kv_heads, plan=plan)  # once a step
+    decode_attention(q, pages, table, kv_lengths, plan, scale, ...)  # every layer
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cutp.array.kernel import launch
+from cutp.errors import ConfigError
+
+_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_HEAD_DIMS = (64, 80, 96, 128, 256)
+_WARP, _WARPS = 32, 4
+_TILE = 16  # tokens; a page is a multiple
+_GRANULE, _MAX_SPLIT = 64, 2048  # tokens of the shortest and the longest split, as in decode_plan.cu
+_TASKS = 256  # of one long request: about two for each multiprocessor of a large GPU
+_PLAN_THREADS = 256
+_MAX_INT32 = 2**31 - 1
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Shapes of the arrays that decode attention works in.
+
+    plan: int32, one for each attention window that layers of the model have; partials: float32; counters: uint32, all
+    zero before the first launch, and left so by each. Launches that may run at the same time need their own partials
+    and counters.
+    """
+
+    plan: tuple[int, ...]
+    partials: tuple[int, ...]
+    counters: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(int(np.prod(shape)) for shape in (self.plan, self.partials, self.counters))
+
+
+def decode_workspace(batch: int, max_length: int, n_heads: int, n_kv_heads: int, head_dim: int) -> DecodeWorkspace:
+    """What `batch` requests of up to `max_length` tokens each need; heads are those of this rank."""
+    capacity = batch * max_splits(max_length, n_kv_heads)
+    return DecodeWorkspace(
+        plan=(1 + capacity, 4),
+        partials=(capacity * n_heads * (head_dim + 2),),
+        # A task has a counter for each warp; it has at least one of the n_heads.
+        counters=(capacity * n_heads * _WARPS,),
+    )
+
+
+def max_splits(max_length: int, n_kv_heads: int) -> int:
+    """The most splits that a request of at most `max_length` tokens is divided into."""
+    return max(1, min(-(-max_length // _GRANULE), _target_splits(n_kv_heads)), -(-max_length // _MAX_SPLIT))
+
+
+def blocks_per_multiprocessor(head_dim: int, group: int, dtype: Any) -> int:
+    """How many blocks of `decode_attention` run on a multiprocessor at once; `group`: query heads a key-value head.
+
+    The best `blocks` for `decode_attention` is this times the number of multiprocessors.
+    """
+    tensor_cores = np.dtype(dtype).name != "float32"
+    return 3 if tensor_cores and head_dim <= 128 and _head_tiles(head_dim, group, tensor_cores) == 1 else 2
+
+
+def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, plan: Any, pdl: bool = False) -> None:
+    """Lists in `plan` what `decode_attention` has to do in this step.
+
+    kv_lengths: int32 [B], tokens of each request in the cache, the new one included; 0 for a row that only pads the
+    batch. window: each token sees itself and the window - 1 tokens before it. plan: int32 [1 + items, 4], of the shape
+    that `decode_workspace` gives.
+    """
+    what = "decode_plan"
+    _check_array(what, "kv_lengths", kv_lengths, (None,), "int32")
+    _check_array(what, "plan", plan, (None, 4), "int32")
+    if window is not None and window < 1:
+        raise ConfigError(f"{what}: window is {window}, it must be at least 1")
+    if n_kv_heads < 1:
+        raise ConfigError(f"{what}: n_kv_heads is {n_kv_heads}")
+    batch, capacity = len(kv_lengths), plan.shape[0] - 1
+    if capacity < batch:
+        raise ConfigError(f"{what}: plan has room for {capacity} items, fewer than the {batch} requests")
+    window = _MAX_INT32 if window is None else min(window, _MAX_INT32)
+    launch("decode_plan.cu", "decode_plan", 1, _PLAN_THREADS,
+           [kv_lengths, plan, np.int32(batch), np.int32(capacity), np.int32(window),
+            np.int32(_target_splits(n_kv_heads))], pdl=pdl)
+
+
+def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, *,
+                     softcap: float | None = None, sinks: Any = None, partials: Any, counters: Any, blocks: int,
+                     out: Any, pdl: bool = False) -> None:
+    """out[b] = attention of q[b], the newest token of request b, over the tokens that `plan` gives to it.
+
+    q, out: [B, H, D], bfloat16, float16 or float32, D one of 64, 80, 96, 128, 256; pages: [P, 2, H_kv, S, D] of the
+    same dtype, S a multiple of 16; head h reads key-value head h // (H / H_kv). lookup_table: int32 [B, pages of the
+    longest request], in which page numbers count only as far as a request is long. kv_lengths: as given to
+    `decode_plan`; rows of length 0 become zeros. softcap, sinks (float32 [H]): see the specification. partials,
+    counters: see `decode_workspace`. blocks: size of the grid, of any effect on the time only; see
+    `blocks_per_multiprocessor`.
+
+    All arrays are contiguous. The result of a row has the same bits whatever the other rows are.
+    """
+    group = _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, partials, counters, blocks, out)
+    batch, n_heads, head_dim = q.shape
+    n_kv_heads, page_size = pages.shape[2:4]
+    if batch == 0:
+        return
+    tensor_cores = q.dtype.name != "float32"
+    head_tiles = _head_tiles(head_dim, group, tensor_cores)
+    if softcap is None:
+        score_scale, cap = scale * _LOG2_E, 0.0
+    else:
+        score_scale, cap = scale / softcap, softcap * _LOG2_E
+    launch(
+        "decode_attention.cu", "decode_attention", blocks, _WARPS * _WARP,
+        [q, pages, lookup_table, kv_lengths, plan, sinks, out, partials, counters, np.int32(batch),
+         np.int32(plan.shape[0] - 1), np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_kv_heads),
+         np.int32(group), np.float32(score_scale), np.float32(cap)],
+        shared_bytes=_shared_bytes(head_dim, group, head_tiles, tensor_cores),
+        defines=(f"DTYPE={_DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", f"HEAD_TILES={head_tiles}"), pdl=pdl,
+    )
+
+
+def _target_splits(n_kv_heads: int) -> int:
+    return max(1, _TASKS // n_kv_heads)
+
+
+def _head_tiles(head_dim: int, group: int, tensor_cores: bool) -> int:
+    """How many groups of 8 query heads one task takes: two where that saves reading keys and values twice and fits."""
+    return 2 if tensor_cores and group > 8 and head_dim <= 128 else 1
+
+
+def _shared_bytes(head_dim: int, group: int, head_tiles: int, tensor_cores: bool) -> int:
+    """A copy of the queries, and the peaks, totals and result rows of the heads of a task, for each warp."""
+    heads = 8 * head_tiles
+    queries = -(-head_dim // 32) * head_tiles * _WARP * 16 if tensor_cores else 0
+    return _WARPS * (queries + 8 * heads + 4 * min(group, heads) * (head_dim + 4))
+
+
+def _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, partials, counters, blocks, out) -> int:
+    """Query heads a key-value head; ConfigError, naming the argument, if an array does not fit."""
+    what = "decode_attention"
+    if q.dtype.name not in _DTYPE_DEFINES:
+        raise ConfigError(f"{what}: q has dtype {q.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    _check_array(what, "q", q, (None, None, None), q.dtype.name)
+    batch, n_heads, head_dim = q.shape
+    if head_dim not in _HEAD_DIMS:
+        raise ConfigError(f"{what}: q has head dimension {head_dim}; it needs one of {', '.join(map(str, _HEAD_DIMS))}")
+    _check_array(what, "pages", pages, (None, 2, None, None, head_dim), q.dtype.name)
+    n_pages, _, n_kv_heads, page_size, _ = pages.shape
+    if n_kv_heads < 1 or n_heads < 1 or n_heads % n_kv_heads:
+        raise ConfigError(f"{what}: q has {n_heads} heads, not a multiple of the {n_kv_heads} heads of pages")
+    if page_size < 1 or page_size % _TILE:
+        raise ConfigError(f"{what}: pages have {page_size} tokens; it must be a multiple of {_TILE}")
+    _check_array(what, "lookup_table", lookup_table, (batch, None), "int32")
+    _check_array(what, "kv_lengths", kv_lengths, (batch,), "int32")
+    _check_array(what, "plan", plan, (None, 4), "int32")
+    _check_array(what, "out", out, q.shape, q.dtype.name)
+    if sinks is not None:
+        _check_array(what, "sinks", sinks, (n_heads,), "float32")
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"{what}: softcap is {softcap}, it must be positive")
+    if blocks < 1:
+        raise ConfigError(f"{what}: blocks is {blocks}")
+    _check_workspace(what, q, n_kv_heads, plan, partials, counters, lookup_table.shape[1] * page_size)
+    return n_heads // n_kv_heads
+
+
+def _check_workspace(what: str, q: Any, n_kv_heads: int, plan: Any, partials: Any, counters: Any, max_length: int):
+    """ConfigError unless there is room for requests as long as the lookup table allows."""
+    batch, n_heads, head_dim = q.shape
+    capacity = plan.shape[0] - 1
+    needed = decode_workspace(batch, max_length, n_heads, n_kv_heads, head_dim).plan[0] - 1
+    if capacity < needed:
+        raise ConfigError(f"{what}: plan has room for {capacity} items; {batch} requests of up to {max_length} tokens "
+                          f"may need {needed}")
+    _check_array(what, "partials", partials, (None,), "float32")
+    _check_array(what, "counters", counters, (None,), "uint32")
+    for name, array, size in (("partials", partials, capacity * n_heads * (head_dim + 2)),
+                              ("counters", counters, capacity * n_heads * _WARPS)):
+        if len(array) < size:
+            raise ConfigError(f"{what}: {name} has {len(array)} elements; a plan of {capacity} items needs {size}")
+
+
+def _check_array(what: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str) -> None:
+    """ConfigError unless `array` is contiguous, of this dtype and of this shape; None stands for any length."""
+    fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ConfigError(f"{what}: {name} has shape {array.shape}; it needs ({wanted})")
+    if array.dtype.name != dtype:
+        raise ConfigError(f"{what}: {name} has dtype {array.dtype}; it needs {dtype}")
+    if not array.flags.c_contiguous:
+        raise ConfigError(f"{what}: {name} of shape {array.shape} and strides {array.strides} is not contiguous")

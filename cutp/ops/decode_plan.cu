@@ -1,0 +1,84 @@
+// The work list of decode attention, made once a step: which tokens of which request one block attends to.
+// Launcher: decode_attention_cuda.py; reader: decode_attention.cu.
+//
+// How a request is split depends on how many of its tokens are visible, and on nothing else: not on the requests
+// beside it. This is what makes the result of a request independent of the batch it is in.
+//
+// archs: sm_80 sm_90a sm_100
+#include "device.cuh"
+
+constexpr int warps = 8;
+constexpr int tile = 16;  // tokens a warp takes at a time
+constexpr int granule = 4 * tile;  // a split is a multiple of what the four warps of a block take at a time
+constexpr int max_split = 32 * granule;
+
+// The tokens that a request's query sees, and their splits: [first, last), in pieces of `size` from `start` on.
+struct Share {
+    int first, last, start, size, splits;
+};
+
+__device__ __forceinline__ Share share_of(int length, int window, int target_splits) {
+    Share share;
+    share.last = max(length, 0);
+    share.first = share.last > window ? share.last - window : 0;
+    share.start = share.first / tile * tile;
+    const int visible = share.last - share.start;
+    const int wanted = (visible + target_splits - 1) / target_splits;
+    share.size = min(max((wanted + granule - 1) / granule, 1) * granule, max_split);
+    share.splits = (visible + share.size - 1) / share.size;
+    return share;
+}
+
+// The sum of `v` over the threads before this one and, in `total`, over all of the block.
+__device__ __forceinline__ int sum_before(int v, int* scratch, int& total) {
+    int sum = v;
+#pragma unroll
+    for (int distance = 1; distance < warp_size; distance *= 2) {
+        const int other = shuffle(sum, max(lane_id() - distance, 0));
+        if (lane_id() >= distance) sum += other;
+    }
+    if (lane_id() == warp_size - 1) scratch[warp_id()] = sum;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < warps; w++) {
+        if (w < warp_id()) before += scratch[w];
+        total += scratch[w];
+    }
+    __syncthreads();
+    return before + sum - v;
+}
+
+// One warp writes the items of one request, beginning at item `offset`.
+__device__ __forceinline__ void write_items(const Share& share, int request, int offset, uint4* items, int capacity) {
+    for (int split = lane_id(); split < share.splits && offset + split < capacity; split += warp_size) {
+        const int begin = share.start + split * share.size;
+        const int first = max(begin, share.first), last = min(begin + share.size, share.last);
+        store_vector(items + offset + split, make_uint4(request, split | share.splits << 16, first, last));
+    }
+}
+
+// plan[0].x = the number of items; plan[1 ..] = items (request, split | splits of the request << 16, first token,
+// token after the last), requests in order. A request of length 0 has none. One block.
+extern "C" __global__ void __launch_bounds__(warps * warp_size)
+decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits) {
+    __shared__ int scratch[warps];
+    __shared__ int lengths[warps * warp_size], offsets[warps * warp_size];
+    pdl_wait();
+    int count = 0;
+    for (int base = 0; base < batch; base += blockDim.x) {
+        const int request = base + threadIdx.x;
+        const int length = request < batch ? load_activation_element(kv_lengths + request) : 0;
+        int added;
+        lengths[threadIdx.x] = length;
+        offsets[threadIdx.x] = count + sum_before(share_of(length, window, target_splits).splits, scratch, added);
+        count += added;
+        __syncthreads();
+        for (int i = warp_id(); i < min(static_cast<int>(blockDim.x), batch - base); i += warps)
+            write_items(share_of(lengths[i], window, target_splits), base + i, offsets[i], plan + 1, capacity);
+        __syncthreads();
+    }
+    pdl_launch_dependents();
+    if (threadIdx.x == 0) store_vector(plan, make_uint4(min(count, capacity), 0, 0, 0));
+}

@@ -1,0 +1,144 @@
+"""Launchers of rotary.cu and rotary_table.cu.
+
+The specifications are `cutp.ops.rotary.rotary_table`, `cutp.ops.rotary.apply_rotary` and `cutp.ops.kv_write.kv_write`.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from cutp.array.kernel import launch
+from cutp.errors import ConfigError
+from cutp.ops.launch_arguments import (
+    DTYPE_DEFINES,
+    MAX_ROWS,
+    VECTOR_BYTES,
+    check_array,
+    check_axes,
+    check_dtype,
+    vector_width,
+)
+
+_WARP = 32
+_THREADS = 128  # a small block: tokens are few in decoding, and their heads then spread over more processors
+_TABLE_BLOCK = (_WARP, 8)
+_MAX_GRID_Y = 65535
+
+
+def rotary_table(positions: Any, inv_freq: Any, attention_scaling: Any, dtype: Any, *, request_of_token: Any = None,
+                 cos_out: Any, sin_out: Any, pdl: bool = False) -> None:
+    """cos_out, sin_out = cos, sin of position * inv_freq, times the attention scaling, rounded to `dtype`.
+
+    positions: int64 [T]. inv_freq: float32 [R/2], or [B, R/2] with a row for each request. attention_scaling: a number,
+    or float32 [B]. request_of_token: int64 [T], needed where one of them is per request. cos_out, sin_out: float32
+    [T, R/2]. Rows whose position or request is negative are not written. All contiguous. ConfigError otherwise.
+    """
+    op = "rotary_table"
+    check_axes(op, "positions", positions, "T")
+    if inv_freq.ndim not in (1, 2):
+        raise ConfigError(f"{op}: inv_freq has shape {inv_freq.shape}; it needs [R/2] or [B, R/2]")
+    n_tokens, half = positions.shape[0], inv_freq.shape[-1]
+    check_array(op, "positions", positions, (n_tokens,), np.dtype(np.int64))
+    check_array(op, "inv_freq", inv_freq, inv_freq.shape, np.dtype(np.float32))
+    for name, array in (("cos_out", cos_out), ("sin_out", sin_out)):
+        check_array(op, name, array, (n_tokens, half), np.dtype(np.float32))
+    scalings = attention_scaling if getattr(attention_scaling, "ndim", 0) else None
+    _check_requests(op, n_tokens, inv_freq, scalings, request_of_token)
+    if np.dtype(dtype).name not in DTYPE_DEFINES:
+        raise ConfigError(f"{op}: dtype is {np.dtype(dtype)}; it needs to be one of {', '.join(DTYPE_DEFINES)}")
+    if n_tokens == 0 or half == 0:
+        return
+    launch(
+        "rotary_table.cu", "rotary_table", -(-n_tokens // _TABLE_BLOCK[1]), _TABLE_BLOCK,
+        [positions, inv_freq, request_of_token, scalings, cos_out, sin_out, np.int32(n_tokens), np.int32(half),
+         np.int32(half if inv_freq.ndim == 2 else 0), np.float32(1.0 if scalings is not None else attention_scaling)],
+        defines=(f"DTYPE={DTYPE_DEFINES[np.dtype(dtype).name]}",), pdl=pdl,
+    )
+
+
+def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_out: Any, interleaved: bool = False,
+                    pdl: bool = False) -> None:
+    """Turns queries and keys by their angles; queries go to `q_out`, keys and values into their slots of `pages`.
+
+    qkv: [T, (Hq + 2 * Hkv) * D], the query heads, then the key heads, then the value heads of each token. cos, sin:
+    float32 [T, R/2] of `rotary_table`: the first R channels of a head are turned, in pairs (i, i + R/2), or
+    (2i, 2i + 1) when `interleaved`; R = 0 turns nothing. slots: int64 [T], page * S + slot inside the page, all
+    different and inside the cache (not checked); a token with a negative slot is padding, for which nothing is written,
+    not in q_out either. pages: [P, 2, Hkv, S, D]. q_out: [T, Hq, D], memory of its own. qkv, pages and q_out have one
+    dtype (bfloat16, float16 or float32); all arrays are contiguous; D is a multiple of 16 bytes. ConfigError otherwise.
+
+    Where R/2, or R when `interleaved`, is a multiple of 16 bytes, too, memory is accessed 16 bytes at a time; otherwise
+    element by element.
+    """
+    op = "rotary_kv_write"
+    n_tokens, q_heads, head_dim = _check_projection(op, qkv, pages, q_out)
+    kv_heads, page_size = pages.shape[2:4]
+    check_axes(op, "cos", cos, "T, R/2")
+    half = cos.shape[1]
+    for name, array in (("cos", cos), ("sin", sin)):
+        check_array(op, name, array, (n_tokens, half), np.dtype(np.float32))
+    check_array(op, "slots", slots, (n_tokens,), np.dtype(np.int64))
+    if 2 * half > head_dim:
+        raise ConfigError(f"{op}: cos of shape {cos.shape} turns {2 * half} channels, but heads have {head_dim}")
+    width = vector_width(qkv.dtype)
+    turned_together = 2 * half if interleaved else half
+    pairs = "ANY" if turned_together % width else "INTERLEAVED" if interleaved else "HALVES"
+    heads, (threads, heads_per_block) = q_heads + 2 * kv_heads, _block(pairs, head_dim // width)
+    blocks = -(-heads // heads_per_block)
+    if n_tokens > MAX_ROWS or blocks > _MAX_GRID_Y:
+        raise ConfigError(f"{op}: {n_tokens} tokens of {heads} heads are too many for one launch")
+    if n_tokens == 0:
+        return
+    launch(
+        "rotary.cu", "rotary_kv_write", (n_tokens, blocks), (threads, heads_per_block),
+        [qkv, cos, sin, slots, q_out, pages, np.int32(q_heads), np.int32(kv_heads), np.int32(head_dim),
+         np.int32(2 * half), np.int32(page_size), np.int32(interleaved)],
+        defines=(f"DTYPE={DTYPE_DEFINES[qkv.dtype.name]}", f"PAIRS={pairs}"), pdl=pdl,
+    )
+
+
+def _check_requests(op: str, n_tokens: int, inv_freq: Any, scalings: Any, request_of_token: Any) -> None:
+    if scalings is not None:
+        check_axes(op, "attention_scaling", scalings, "B")
+        n_requests = inv_freq.shape[0] if inv_freq.ndim == 2 else scalings.shape[0]
+        check_array(op, "attention_scaling", scalings, (n_requests,), np.dtype(np.float32))
+    if request_of_token is not None:
+        check_array(op, "request_of_token", request_of_token, (n_tokens,), np.dtype(np.int64))
+    elif scalings is not None or inv_freq.ndim == 2:
+        name = "attention_scaling" if scalings is not None else "inv_freq"
+        raise ConfigError(f"{op}: {name} has a row for each request, so request_of_token is needed")
+    if n_tokens > MAX_ROWS:
+        raise ConfigError(f"{op}: {n_tokens} tokens; at most {MAX_ROWS} are possible")
+
+
+def _check_projection(op: str, qkv: Any, pages: Any, q_out: Any) -> tuple[int, int, int]:
+    """T, Hq and D; ConfigError if qkv, pages and q_out do not fit to each other."""
+    check_dtype(op, "qkv", qkv)
+    check_axes(op, "qkv", qkv, "T, (Hq + 2 * Hkv) * D")
+    check_axes(op, "pages", pages, "P, 2, Hkv, S, D")
+    check_axes(op, "q_out", q_out, "T, Hq, D")
+    n_tokens, q_heads, head_dim = qkv.shape[0], q_out.shape[1], q_out.shape[2]
+    n_pages, _, kv_heads, page_size, _ = pages.shape
+    check_array(op, "q_out", q_out, (n_tokens, q_heads, head_dim), qkv.dtype)
+    check_array(op, "pages", pages, (n_pages, 2, kv_heads, page_size, head_dim), qkv.dtype)
+    check_array(op, "qkv", qkv, (n_tokens, (q_heads + 2 * kv_heads) * head_dim))
+    if head_dim == 0 or head_dim % vector_width(qkv.dtype):
+        raise ConfigError(f"{op}: heads of {head_dim} {qkv.dtype} elements; they need a multiple of "
+                          f"{VECTOR_BYTES} bytes")
+    if n_pages * page_size >= 2**32:
+        raise ConfigError(f"{op}: pages of shape {pages.shape} have {n_pages * page_size} slots; "
+                          f"less than 2^32 are possible")
+    return n_tokens, q_heads, head_dim
+
+
+def _block(pairs: str, head_vectors: int) -> tuple[int, int]:
+    """Threads for a head and heads for a block, whole warps together.
+
+    Half as many threads as a head has vectors: each turns a vector of first and one of second channels, or copies two.
+    """
+    threads = _WARP if pairs == "ANY" else min(-(-head_vectors // 2), _WARP)
+    whole_warps = _WARP // gcd(threads, _WARP)
+    return threads, whole_warps * max(1, _THREADS // (threads * whole_warps))

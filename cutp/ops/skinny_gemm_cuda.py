@@ -1,0 +1,143 @@
+"""Launcher of skinny_gemm.cu. The specification is `cutp.ops.linear.linear`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cutp.array.kernel import launch
+from cutp.errors import ConfigError
+
+MAX_M = 64
+"""The most rows of x; beyond, a product is worth a library's blocking over K."""
+
+_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_WARP = 32
+_MULTIPROCESSORS = 132  # of the GPU that the choices are made for; others get the same bits, if not the best speed
+_MAX_STRIDE = 2**25  # offsets between the rows of one block are 32-bit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is launched: blocks, threads per block, dynamic shared memory, the variant of the kernel."""
+
+    grid: int
+    block: int
+    shared_bytes: int
+    defines: tuple[str, ...]
+
+
+def skinny_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = False) -> None:
+    """out = x weight^T + bias for at most MAX_M rows of x; sums in float32, rounded once.
+
+    x: [M, K], M may be 0; weight: [N, K], contiguous; bias: [N], contiguous, or None; all of one dtype (bfloat16,
+    float16 or float32). out: [M, N] of that dtype or float32. K is a multiple of 16 bytes. The rows of x and out may be
+    apart, x's by a multiple of 16 bytes; x and weight begin at multiples of 16 bytes. ConfigError otherwise.
+
+    A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows.
+    """
+    m, n, k = _check(x, weight, bias, out)
+    if m == 0 or n == 0:
+        return
+    chosen = plan(n, k, m, x.dtype)
+    launch(
+        "skinny_gemm.cu", "skinny_gemm", chosen.grid, chosen.block,
+        [x, weight, bias, out, np.int32(m), np.int32(n), np.int32(k), np.int32(_row_stride(x)),
+         np.int64(_row_stride(out)), np.int32(out.dtype.name == "float32")],
+        shared_bytes=chosen.shared_bytes, defines=chosen.defines, pdl=pdl,
+    )
+
+
+def plan(n: int, k: int, m: int, dtype: np.dtype) -> Plan:
+    """The launch for y[m, n] = x[m, k] w[n, k]^T with 1 <= m <= MAX_M.
+
+    The order of the sums is a matter of the number of warps, which therefore must not depend on m.
+    """
+    is_float = dtype.name == "float32"
+    tiles, rows, steps = (1, 4, 2) if is_float else _tile(n, m)
+    warps = _warps(n, k, is_float)
+    columns = 8 * tiles
+    return Plan(
+        grid=-(-n // rows) * -(-m // columns), block=warps * _WARP, shared_bytes=warps * rows * columns * 4,
+        defines=(f"DTYPE={_DTYPE_DEFINES[dtype.name]}", f"M_TILES={tiles}", f"ROWS={rows}", f"STEPS={steps}"),
+    )
+
+
+def _warps(n: int, k: int, is_float: bool) -> int:
+    """How many warps of a block split K."""
+    if k <= 512:  # one slice each for 8 warps: fewer have some loads in flight each
+        return 4
+    # Fewer blocks than multiprocessors, even of 8 rows: each must keep as much in flight as two blocks otherwise.
+    few_blocks = not is_float and n < 8 * _MULTIPROCESSORS
+    return 16 if few_blocks and k >= 2048 else 8
+
+
+def _tile(n: int, m: int) -> tuple[int, int, int]:
+    """M_TILES, ROWS and STEPS of a block.
+
+    More rows let the elements of x, which come from L2, serve more weights: from 9 columns on that traffic is as large
+    as that of the weights for 16 rows. But every multiprocessor needs a block, and blocks of 16 rows a second one.
+    """
+    tiles = next(t for t in (1, 2, 4, 8) if m <= 8 * t)
+    if tiles == 1:
+        blocks = -(-n // 16)
+        if blocks < 200:
+            return 1, 8, 8
+        return (1, 16, 8) if blocks <= 2 * _MULTIPROCESSORS else (1, 16, 4)
+    if tiles == 8 and n >= 2 * 48 * _MULTIPROCESSORS:
+        return 8, 48, 2
+    wide = n >= 4096
+    return {(2, False): (2, 16, 4), (2, True): (2, 32, 4), (4, False): (4, 16, 4), (4, True): (4, 32, 2),
+            (8, False): (8, 16, 2), (8, True): (8, 32, 4)}[tiles, wide]
+
+
+def _check(x: Any, weight: Any, bias: Any, out: Any) -> tuple[int, int, int]:
+    """M, N and K; ConfigError, naming the argument, if an array does not fit."""
+    if x.dtype.name not in _DTYPE_DEFINES:
+        raise ConfigError(f"skinny_gemm: x has dtype {x.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    for name, array in (("x", x), ("weight", weight)):
+        if array.ndim != 2:
+            raise ConfigError(f"skinny_gemm: {name} has shape {array.shape}; it needs two axes")
+    (m, k), n = x.shape, weight.shape[0]
+    given = {"weight": (weight, (n, k)), "out": (out, (m, n))} | ({} if bias is None else {"bias": (bias, (n,))})
+    for name, (array, shape) in given.items():
+        if array.shape != shape:
+            raise ConfigError(f"skinny_gemm: {name} has shape {array.shape}; it needs {shape} for x of shape {x.shape}")
+        if array.dtype != x.dtype and not (name == "out" and array.dtype.name == "float32"):
+            raise ConfigError(f"skinny_gemm: {name} has dtype {array.dtype}, but x has {x.dtype}")
+    for name, array in (("weight", weight), *([] if bias is None else [("bias", bias)])):
+        if not array.flags.c_contiguous:
+            raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} and strides {array.strides} "
+                              "is not contiguous")
+    if m > MAX_M:
+        raise ConfigError(f"skinny_gemm: x has {m} rows, more than {MAX_M}")
+    width = 16 // x.dtype.itemsize
+    if k % width or not 0 < k <= _MAX_STRIDE:
+        raise ConfigError(f"skinny_gemm: x has rows of {k} {x.dtype} elements; their number must be a multiple of "
+                          f"{width}, at least {width} and at most {_MAX_STRIDE}")
+    _check_rows("x", x, 16)
+    _check_rows("out", out, out.dtype.itemsize)
+    return m, n, k
+
+
+def _check_rows(name: str, array: Any, alignment: int) -> None:
+    """ConfigError unless each row is contiguous and the rows are apart, in order, by multiples of `alignment` bytes."""
+    if array.size == 0:
+        return
+    itemsize, columns = array.dtype.itemsize, array.shape[1]
+    if columns > 1 and array.strides[1] != itemsize:
+        raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} and strides {array.strides} "
+                          "has rows that are not contiguous")
+    apart = _row_stride(array) * itemsize
+    if array.shape[0] > 1 and (array.strides[0] != apart or apart < columns * itemsize or apart % alignment
+                               or apart > _MAX_STRIDE * itemsize):
+        raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} has rows {array.strides[0]} bytes apart; they "
+                          f"must not overlap and lie a multiple of {alignment} bytes apart, "
+                          f"at most {_MAX_STRIDE} elements")
+
+
+def _row_stride(array: Any) -> int:
+    """From one row to the next, in elements."""
+    return array.strides[0] // array.dtype.itemsize if array.shape[0] > 1 else array.shape[1]
