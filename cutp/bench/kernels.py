@@ -27,6 +27,8 @@ from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.residual_cuda import residual_add
 from cutp.ops.rms_norm_cuda import add_rms_norm, rms_norm
 from cutp.ops.rotary_cuda import rotary_kv_write
+from cutp.ops.sampling import SamplingRows
+from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, greedy, passes_needed, sample
 from cutp.ops.skinny_gemm_cuda import skinny_gemm
 
 DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAGE = 4096, 32, 8, 128, 14336, 128256, 64
@@ -167,6 +169,28 @@ def prefill_cases() -> Iterator[Case]:
         yield Case("prefill_attention", f"T={t}", 2.0 * t * t * HEADS * HEAD_DIM, make, flops=True)
 
 
+def sampling_cases() -> Iterator[Case]:
+    """Greedy and top-p sampling over the whole vocabulary on one rank; the bytes are the logits read once."""
+    cupy = cuda.cupy()
+    for batch in BATCHES:
+        for name, temperature, top_p in (("greedy", 0.0, 1.0), ("temperature", 1.0, 1.0), ("top_p 0.9", 1.0, 0.9)):
+            def make(batch=batch, temperature=temperature, top_p=top_p):
+                ones, ids = np.ones(batch), np.arange(batch)
+                rows = SamplingRows(temperature * ones, 0 * ids, top_p * ones, 0 * ones, ids.astype(np.uint64), 0 * ids,
+                                    ids)
+                arrays, passes = SamplingArrays.of(rows, cupy.asarray), passes_needed(rows)
+                shapes = buffer_shapes(batch, VOCAB)
+                histograms = tuple(cupy.zeros(*one) for one in shapes.pop("histograms"))
+                buffers = SamplingBuffers(**{key: cupy.zeros(*one) for key, one in shapes.items()},
+                                          histograms=histograms)
+                logits, tokens = 3 * normal((batch, VOCAB), np.float32), cupy.zeros(batch, np.int64)
+                if temperature == 0.0:
+                    return lambda: greedy(logits, 0, arrays, buffers, lambda x: x[None], tokens=tokens)
+                return lambda: sample(logits, 0, arrays, buffers, lambda x: x[None], tokens=tokens, passes=passes)
+
+            yield Case("sampling", f"B={batch} {name}", 4.0 * batch * VOCAB, make)
+
+
 def measure(case: Case, limits: Limits) -> Result:
     copies = 1 if case.flops else copies_beyond_cache(int(case.amount))
     time = microseconds([case.make() for _ in range(copies)], least_launches=10)
@@ -186,7 +210,7 @@ def main() -> None:
     head = {"read_gbps": round(limits.read_gbps, 1), "matmul_tflops": round(limits.matmul_tflops, 1)}
     print(json.dumps(head) if args.json else f"this GPU: reads {limits.read_gbps:.0f} GB/s, "
           f"cuBLASLt 8192^3 {limits.matmul_tflops:.0f} TFLOP/s", flush=True)
-    for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases()):
+    for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases(), *sampling_cases()):
         if args.only not in case.kernel:
             continue
         r = measure(case, limits)

@@ -13,6 +13,8 @@ top-p counts the mass of the tokens that top-k left. One difference: tokens with
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from cutp.ops.sampling_keys import ordered_keys, row_blocks, values_of_keys
@@ -27,6 +29,12 @@ COUNT, MASS = 0, 1
 
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST = np.finfo(np.float32).min
+
+# 2^f for |f| <= 1/2 is the sum of these times f^6 .. f^0: ln(2)^k / k!, within 2e-7 of it.
+EXP2_SERIES = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(6, -1, -1))
+
+# Scores below this one have mass 0; limits the exponents that _split_masses builds.
+NO_MASS = np.float32(-44)
 
 
 def thresholds(z: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray, comm) -> np.ndarray:
@@ -47,16 +55,31 @@ def thresholds(z: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.nd
 
 
 def integer_masses(z: np.ndarray) -> np.ndarray:
-    """floor(exp(z) * 2^40) as int64 for scores z <= 0, float32 [...]; the exponential is taken in float32."""
+    """floor(exp(z) * 2^40) as int64 for scores z <= 0, float32 [...], with exp(z) as defined by `_split_masses`."""
     high, low = _split_masses(z)
     return (high.astype(np.int64) << 20) + low.astype(np.int64)
 
 
 def _split_masses(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The integer masses' upper and lower 20 bits, as float32 (exact: both steps only move the binary point)."""
-    scaled = np.exp2(z * LOG2_E) * np.float32(2**20)
-    high = np.floor(scaled)
-    return high, np.floor((scaled - high) * np.float32(2**20))
+    """The integer masses' upper and lower 20 bits, as float32.
+
+    exp(z) is 2^n times 2^f by a series, with n + f = z * log2(e): float32 multiplications and additions in a fixed
+    order, so that every machine has the same masses. sampling.cu does the same. All other steps are exact.
+    """
+    f = np.maximum(z, NO_MASS)
+    f *= LOG2_E
+    n = np.rint(f)
+    f -= n
+    power = np.full_like(f, EXP2_SERIES[0])
+    for coefficient in EXP2_SERIES[1:]:
+        power *= f
+        power += coefficient
+    n += 127 + 20  # the exponent bits of 2^(n + 20)
+    power *= (n.astype(np.int32) << 23).view(np.float32)
+    high = np.floor(power)
+    power -= high
+    power *= np.float32(2**20)
+    return high, np.floor(power, out=power)
 
 
 def _search(z: np.ndarray, rows: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, comm) -> np.ndarray:
