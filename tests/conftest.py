@@ -1,5 +1,7 @@
 """Settings for the whole test session."""
 
+from collections import Counter
+
 import numpy as np  # noqa: F401  (loads BLAS, so that its threads can be capped)
 import pytest
 from threadpoolctl import threadpool_limits
@@ -23,3 +25,10 @@ def tiny(tmp_path_factory):
         return path
 
     return directory
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, a line a reason: a machine without a GPU skips hundreds for the same one."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -14,6 +14,8 @@ from cutp.errors import CutpError, PeerFailedError
 
 # How long a rank that only heard of a failure leaves the failed one to print its traceback and end the job.
 _GRACE_SECONDS = 3.0
+# How long the launcher gets to forward what was printed: an abort may end it before it has.
+_FORWARDING_SECONDS = 0.3
 
 
 def exit_code_of(run: Callable[[Any], None], args: Any) -> int:
@@ -85,5 +87,6 @@ def _abort_peers(code: int) -> int:
     """Ends the other ranks, which may be waiting for this one; returns `code` where there are none."""
     sys.stderr.flush()
     if _mpi() and _mpi().COMM_WORLD.size > 1:
+        time.sleep(_FORWARDING_SECONDS)
         _mpi().COMM_WORLD.Abort(code)
     return code

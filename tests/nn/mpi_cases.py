@@ -8,7 +8,7 @@ import numpy as np
 
 from cutp.kv_cache import allocate_caches
 from cutp.nn import RaggedBatch, ReturnHiddenStates, ReturnLogits
-from tests.nn.building import random_values
+from tests.nn.building import cpus, random_values
 from tests.nn.decoder import EVERYTHING, PROMPTS, Spec, build
 
 LONG = [[*range(13)] * 6, [5, 4], [7] * 40]
@@ -26,7 +26,7 @@ CASES = {
 
 
 def values_of(spec):
-    return random_values(build(spec, [None]))
+    return random_values(build(spec, cpus(1)))
 
 
 def run(name, devices) -> list[np.ndarray]:

@@ -14,6 +14,9 @@ ORDER_SEEDS = range(6)
 # A test whose `device` is a GPU only: too large for the emulation.
 gpu_only = pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 
+# A test of checks that come before any launch: with NumPy arrays, which only the emulation takes.
+emulated_only = pytest.mark.parametrize("device", ["emulated"], indirect=True)
+
 
 def random_values(seed, shape, dtype, spread=2):
     """Normal values of quite different size (10^-spread to 10^spread)."""

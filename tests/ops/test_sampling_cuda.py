@@ -16,7 +16,7 @@ from cutp.ops.sampling_cuda import TOP_WORD, SamplingArrays, SamplingBuffers, bu
 from cutp.ops.sampling_keys import NO_PAIR, pack_pairs, row_argmax, unpack_pairs
 from cutp.ops.sampling_thresholds import integer_masses, thresholds
 from tests.emulation.emulator import needs_compiler
-from tests.ops.kernel_results import gpu_only, in_every_order, read_only
+from tests.ops.kernel_results import emulated_only, gpu_only, in_every_order, read_only
 
 f32 = np.float32
 
@@ -641,6 +641,7 @@ def sampling_arguments():
                 gather=lambda x: x[None], tokens=np.zeros(2, np.int64))
 
 
+@emulated_only
 @pytest.mark.parametrize(("change", "message"), [
     (dict(logits=np.zeros((2, 12), f32)[:, ::2]), "logits of shape .* is not contiguous"),
     (dict(logits=np.zeros((2, 6))), "logits has dtype float64"),
@@ -658,6 +659,7 @@ def test_arguments_of_sample_that_do_not_fit(device, change, message):
         sampling_cuda.sample(**{**sampling_arguments(), **change})
 
 
+@emulated_only
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("parts", np.zeros((2, 0), np.uint64), "each row needs a block"),
     ("tickets", np.zeros(2, np.int64), "tickets has dtype int64"),
@@ -675,6 +677,7 @@ def test_buffers_that_do_not_fit(device, field, value, message):
         sampling_cuda.sample(**arguments)
 
 
+@emulated_only
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p", "min_score", "seed", "sample_index", "position"])
 def test_rows_that_do_not_fit(device, field):
     arguments = sampling_arguments()
@@ -683,6 +686,7 @@ def test_rows_that_do_not_fit(device, field):
         sampling_cuda.sample(**arguments)
 
 
+@emulated_only
 @pytest.mark.parametrize(("change", "message"), [
     (dict(counts=np.zeros((2, 6))), "counts has dtype float64"),
     (dict(counts=np.zeros((2, 5), np.int32)), "counts has shape"),
@@ -697,6 +701,7 @@ def test_arguments_of_penalties_that_do_not_fit(device, change, message):
         sampling_cuda.apply_penalties(**{**given, **change})
 
 
+@emulated_only
 @pytest.mark.parametrize(("change", "message"), [
     (dict(records=np.zeros((2, 2), np.uint64)), "room for -1 top tokens"),
     (dict(records=np.zeros((2, 24), np.uint64)), "room for 21 top tokens"),
