@@ -1,10 +1,10 @@
 // What every kernel here is written with: vectors, memory access, conversions, warp and block reductions,
 // asynchronous copies, tensor cores, programmatic dependent launch. All PTX of the project is in this file.
 //
-// A kernel file starts with #include "device.cuh" and includes nothing else, contains no inline assembly, and
-// defines `extern "C" __global__` functions; variants are selected by macros given on the compiler's command line
-// (-DDTYPE=BF16, F16 or F32 selects `scalar_t`). The same text then compiles under NVRTC for sm_80 and later, and,
-// with -DCUTP_EMULATION, under g++: emulation.h gives every function of the first part below a second
+// A kernel file starts with #include "device.cuh", includes at most another header of this folder, contains no inline
+// assembly, and defines `extern "C" __global__` functions; variants are selected by macros given on the compiler's
+// command line (-DDTYPE=BF16, F16 or F32 selects `scalar_t`). The same text then compiles under NVRTC for sm_80 and
+// later, and, with -DCUTP_EMULATION, under g++: emulation.h gives every function of the first part below a second
 // implementation that runs on the CPU.
 //
 // Conventions: blockDim.x is a multiple of 32; warp functions are called by all 32 lanes, block functions by all
@@ -366,8 +366,8 @@ __device__ __forceinline__ float block_max(float v, float* scratch) {
     return v;
 }
 
-// `count` elements as floats, zeros behind them, and back with one rounding each. A whole vector (any count from
-// vector_size<T> on) is one 16-byte access, fewer elements, as at the end of an array of any length, are one access each.
+// `count` elements as floats, zeros behind them, and back with one rounding each. A whole vector (a count of at least
+// vector_size<T>) is one 16-byte access; fewer elements, as at the end of an array of any length, are one access each.
 template <class T>
 __device__ __forceinline__ void load_activations(const T* p, int count, float (&f)[vector_size<T>]) {
     if (count >= vector_size<T>) {

@@ -1,8 +1,8 @@
-"""Launchers of sampling.cu. The specification is `cutp.ops.sampling.sample`, `penalties` and `logprobs`.
+"""Launchers of sampling.cu. The specification is `cutp.ops.sampling.sample`.
 
-`sample` and `logprobs` launch whole sequences; what they are made of can be launched alone. Nothing here waits for the
-device or allocates: everything lies in arrays of the caller (`buffer_shapes` says which), so that the sequences can be
-captured in a graph. Rows whose temperature is negative are not in use: nothing of them is read, their token is -1.
+`sample` launches a whole sequence; what it is made of can be launched alone. Nothing here waits for the device or
+allocates: everything lies in arrays of the caller (`buffer_shapes` says which), so that the sequence can be captured in
+a graph. Rows whose temperature is negative are not in use: nothing of them is read, their token is -1.
 """
 
 from __future__ import annotations
@@ -17,24 +17,13 @@ from cutp.array.kernel import launch
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import check_array, check_axes
 from cutp.ops.sampling import SamplingRows
+from cutp.ops.vocab_rows_launch import THREADS, WARP, Gather, blocks_per_row, check_gathered, check_logits
 
-MAX_COLUMNS = 1 << 18  # of one rank's shard
-MAX_ROWS = 65535  # blocks along y
-MAX_TOP = 20
-TOKEN_IDS = 1 << 32
-
-# Of the kernels.
-_THREADS, _DIGIT_THREADS, _WARP = 256, 512, 32
-_GROUP = 4  # logits that a thread loads at once
-_BLOCKS = 528  # that fill a large GPU
-_SLICE_COLUMNS = 8192
+_DIGIT_THREADS = 512  # of the kernel
 SEARCH_WORDS = 5
 BINS = (2048, 2048, 1024)  # of the digits
 # Digits of the passes: top-k's, or top-p's where there is no top-k; then top-p's after top-k. They share the first.
 PASSES = (0, 1, 2, 1, 2)
-TOP_WORD = 3  # of a record of logprobs: where the top pairs begin
-
-Gather = Callable[[Any], Any]
 
 
 @dataclass
@@ -97,12 +86,6 @@ def buffer_shapes(batch: int, columns: int) -> dict[str, Any]:
     }
 
 
-def blocks_per_row(batch: int, columns: int) -> int:
-    """Blocks that share a row in the integer kernels, whose results do not depend on it."""
-    useful = -(-columns // (_THREADS * _GROUP))
-    return max(1, min(_BLOCKS // max(1, batch), useful))
-
-
 def sample(logits: Any, vocab_start: int, rows: SamplingArrays, buffers: SamplingBuffers, gather: Gather, *,
            tokens: Any, passes: int = 5, pdl: bool = False) -> None:
     """tokens = one token per row, int64 [B], as from `cutp.ops.sampling.sample`, equal on all ranks.
@@ -146,11 +129,11 @@ def row_argmax(logits: Any, vocab_start: int, temperature: Any, *, parts: Any, t
                pdl: bool = False) -> None:
     """pairs, uint64 [B] = (greatest logit, its lowest id) as from `sampling_keys.pack_pairs`, NAN_PAIR, or NO_PAIR."""
     op = "row_argmax"
-    batch, columns = _check_logits(op, logits, vocab_start)
+    batch, columns = check_logits(op, logits, vocab_start)
     check_array(op, "temperature", temperature, (batch,), np.float32)
     blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    _launch(op, (blocks, batch), _THREADS,
-            [logits, temperature, parts, tickets, pairs, np.int32(columns), np.int64(vocab_start)], pdl)
+    launch("sampling.cu", op, (blocks, batch), THREADS,
+            [logits, temperature, parts, tickets, pairs, np.int32(columns), np.int64(vocab_start)], pdl=pdl)
 
 
 def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: Any, status: Any, search: Any = None,
@@ -160,7 +143,7 @@ def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: An
     With search, least and histogram (this rank's of the first digit), it also begins the search of the thresholds.
     """
     op = "combine_argmax"
-    n_ranks, batch = _check_gathered(op, "pairs", pairs, "n_ranks, B")
+    n_ranks, batch = check_gathered(op, "pairs", pairs, "n_ranks, B")
     _check_rows(op, rows, batch)
     for name, array, dtype in (("row_max", row_max, np.float32), ("tokens", tokens, np.int64),
                                ("status", status, np.int32)):
@@ -172,9 +155,9 @@ def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: An
         check_array(op, "search", search, (batch, SEARCH_WORDS), np.uint64)
         check_array(op, "least", least, (batch,), np.float32)
         check_array(op, "histogram", histogram, (batch, 2, BINS[0]), np.uint64)
-    _launch(op, batch, _THREADS if all(given) else _WARP,
+    launch("sampling.cu", op, batch, THREADS if all(given) else WARP,
             [pairs, np.int32(n_ranks), np.int32(batch), rows.temperature, rows.top_k, rows.top_p, rows.min_score,
-             row_max, tokens, status, search, least, histogram], pdl)
+             row_max, tokens, status, search, least, histogram], pdl=pdl)
 
 
 def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level: int, *, histogram: Any,
@@ -184,14 +167,14 @@ def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level
     The step before has cleared these rows; others stay as they are.
     """
     op = "count_digits"
-    batch, columns = _check_logits(op, logits, 0)
+    batch, columns = check_logits(op, logits, 0)
     for name, array in (("temperature", temperature), ("row_max", row_max)):
         check_array(op, name, array, (batch,), np.float32)
     _check_level(op, level)
     check_array(op, "search", search, (batch, SEARCH_WORDS), np.uint64)
     check_array(op, "histogram", histogram, (batch, 2, BINS[level]), np.uint64)
-    _launch(op, (blocks_per_row(batch, columns), batch), _THREADS,
-            [logits, temperature, row_max, search, histogram, np.int32(columns), np.int32(level)], pdl)
+    launch("sampling.cu", op, (blocks_per_row(batch, columns), batch), THREADS,
+            [logits, temperature, row_max, search, histogram, np.int32(columns), np.int32(level)], pdl=pdl)
 
 
 def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *, search: Any, least: Any,
@@ -202,7 +185,7 @@ def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *
     The last digit of a row sets least[row].
     """
     op = "find_digits"
-    n_ranks, batch = _check_gathered(op, "histograms", histograms, "n_ranks, B, 2, bins")
+    n_ranks, batch = check_gathered(op, "histograms", histograms, "n_ranks, B, 2, bins")
     _check_level(op, level)
     check_array(op, "histograms", histograms, (n_ranks, batch, 2, BINS[level]), np.uint64)
     check_array(op, "first", first, (n_ranks, batch, 2, BINS[0]), np.uint64)
@@ -213,168 +196,36 @@ def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *
     if following is not None:
         following_bins = BINS[1] if level != 1 else BINS[2]
         check_array(op, "following", following, (batch, 2, following_bins), np.uint64)
-    _launch(op, batch, _DIGIT_THREADS,
+    launch("sampling.cu", op, batch, _DIGIT_THREADS,
             [histograms, first, np.int32(n_ranks), np.int32(batch), np.int32(level), rows.top_k, rows.top_p,
-             rows.min_score, search, least, following, np.int32(following_bins)], pdl)
+             rows.min_score, search, least, following, np.int32(following_bins)], pdl=pdl)
 
 
 def draw(logits: Any, vocab_start: int, rows: SamplingArrays, row_max: Any, least: Any, *, parts: Any, tickets: Any,
          pairs: Any, pdl: bool = False) -> None:
     """pairs, uint64 [B] = (greatest score + noise, its id) of this rank's survivors; NO_PAIR where there are none."""
     op = "draw"
-    batch, columns = _check_logits(op, logits, vocab_start)
+    batch, columns = check_logits(op, logits, vocab_start)
     _check_rows(op, rows, batch)
     for name, array in (("row_max", row_max), ("least", least)):
         check_array(op, name, array, (batch,), np.float32)
     blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    _launch(op, (blocks, batch), _THREADS,
+    launch("sampling.cu", op, (blocks, batch), THREADS,
             [logits, rows.temperature, row_max, least, rows.seed, rows.sample_index, rows.position, parts, tickets,
-             pairs, np.int32(columns), np.int64(vocab_start)], pdl)
+             pairs, np.int32(columns), np.int64(vocab_start)], pdl=pdl)
 
 
 def combine_draw(pairs: Any, temperature: Any, *, tokens: Any, pdl: bool = False) -> None:
     """tokens, int64 [B], of rows with a temperature above 0, from all ranks' pairs, uint64 [n_ranks, B]."""
     op = "combine_draw"
-    n_ranks, batch = _check_gathered(op, "pairs", pairs, "n_ranks, B")
+    n_ranks, batch = check_gathered(op, "pairs", pairs, "n_ranks, B")
     check_array(op, "temperature", temperature, (batch,), np.float32)
     check_array(op, "tokens", tokens, (batch,), np.int64)
-    _launch(op, -(-batch // _THREADS), _THREADS,
-            [pairs, np.int32(n_ranks), np.int32(batch), temperature, tokens], pdl)
-
-
-# Penalties
-
-
-def apply_penalties(logits: Any, counts: Any, slots: Any, repetition: Any, presence: Any, frequency: Any, *,
-                    pdl: bool = False) -> None:
-    """`penalties.apply_penalties`: logits float32 [B, V_local], in place; counts int32 [slots, V_local].
-
-    slots: int32 [B], or None where row i has slot i. repetition, presence, frequency: float32 [B].
-    """
-    op = "apply_penalties"
-    batch, columns = _check_logits(op, logits, 0)
-    _check_counts(op, counts, columns, slots, batch)
-    for name, array in (("repetition", repetition), ("presence", presence), ("frequency", frequency)):
-        check_array(op, name, array, (batch,), np.float32)
-    if columns:
-        _launch(op, (blocks_per_row(batch, columns), batch), _THREADS,
-                [logits, counts, slots, repetition, presence, frequency, np.int32(columns)], pdl)
-
-
-def add_logit_bias(logits: Any, vocab_start: int, ids: Any, values: Any, *, pdl: bool = False) -> None:
-    """`penalties.add_logit_bias`: logits float32 [B, V_local], in place; ids int32 and values float32 [B, M]."""
-    op = "add_logit_bias"
-    batch, columns = _check_logits(op, logits, vocab_start)
-    check_axes(op, "ids", ids, "B, M")
-    per_row = ids.shape[1]
-    check_array(op, "ids", ids, (batch, per_row), np.int32)
-    check_array(op, "values", values, (batch, per_row), np.float32)
-    if columns and per_row:
-        _launch(op, batch, _THREADS,
-                [logits, ids, values, np.int32(per_row), np.int32(columns), np.int64(vocab_start)], pdl)
-
-
-def count_tokens(counts: Any, vocab_start: int, slots: Any, tokens: Any, *, in_prompt: bool = False,
-                 pdl: bool = False) -> None:
-    """`penalties.count_tokens`: counts int32 [slots, V_local], in place; slots int32 [n] or None, tokens int64 [n]."""
-    op = "count_tokens"
-    check_axes(op, "counts", counts, "slots, V_local")
-    check_axes(op, "tokens", tokens, "n")
-    n, columns = tokens.shape[0], counts.shape[1]
-    _check_counts(op, counts, columns, slots, n)
-    check_array(op, "tokens", tokens, (n,), np.int64)
-    _check_vocab_start(op, vocab_start, columns)
-    if columns:
-        _launch(op, -(-n // _THREADS), _THREADS,
-                [counts, slots, tokens, np.int32(n), np.int32(columns), np.int64(vocab_start), np.int32(in_prompt)],
-                pdl)
-
-
-# Log-probabilities
-
-
-def slices_per_row(columns: int) -> int:
-    """Blocks that share a row in `logprob_records`: from the columns only, as sums of floats depend on it."""
-    return max(1, -(-columns // _SLICE_COLUMNS))
-
-
-def logprobs(logits: Any, vocab_start: int, wanted: Any, targets: Any, gather: Gather, *, parts: Any, tickets: Any,
-             records: Any, logprobs: Any, is_greedy: Any, top_ids: Any, top_logprobs: Any, pdl: bool = False) -> None:
-    """`logprobs.target_logprobs` and `top_logprobs` for rows with wanted >= 0; others stay as they are.
-
-    gather: as of `sample`, for `records`. Arrays as of `logprob_records` and `combine_logprobs`.
-    """
-    logprob_records(logits, vocab_start, wanted, targets, parts=parts, tickets=tickets, records=records, pdl=pdl)
-    combine_logprobs(gather(records), wanted, targets, logprobs=logprobs, is_greedy=is_greedy, top_ids=top_ids,
-                     top_logprobs=top_logprobs, pdl=pdl)
-
-
-def logprob_records(logits: Any, vocab_start: int, wanted: Any, targets: Any, *, parts: Any, tickets: Any,
-                    records: Any, pdl: bool = False) -> None:
-    """records, uint64 [B, TOP_WORD + n]: of this rank's columns the greatest pair, sum, target and n top pairs.
-
-    logits: float32 [B, V_local]. wanted: int32 [B], negative for rows that are not wanted. targets: int64 [B].
-    parts: uint64 [B, slices_per_row(V_local), TOP_WORD + n]; tickets: uint32 [B], zeros. n is at most MAX_TOP.
-    """
-    op = "logprob_records"
-    batch, columns = _check_logits(op, logits, vocab_start)
-    check_array(op, "wanted", wanted, (batch,), np.int32)
-    check_array(op, "targets", targets, (batch,), np.int64)
-    check_axes(op, "records", records, f"B, {TOP_WORD} + n")
-    words = records.shape[1]
-    _check_top(op, "records", words - TOP_WORD)
-    check_array(op, "records", records, (batch, words), np.uint64)
-    slices = slices_per_row(columns)
-    check_array(op, "parts", parts, (batch, slices, words), np.uint64)
-    check_array(op, "tickets", tickets, (batch,), np.uint32)
-    _launch(op, (slices, batch), _THREADS,
-            [logits, wanted, targets, parts, tickets, records, np.int32(columns), np.int64(vocab_start),
-             np.int32(words - TOP_WORD)], pdl)
-
-
-def combine_logprobs(records: Any, wanted: Any, targets: Any, *, logprobs: Any, is_greedy: Any, top_ids: Any,
-                     top_logprobs: Any, pdl: bool = False) -> None:
-    """From all ranks' records, uint64 [n_ranks, B, TOP_WORD + n]: the results for rows with wanted >= 0.
-
-    logprobs: float32 [B], NaN where no rank has the target or the row has no usable logit. is_greedy: bool [B].
-    top_ids: int64 [B, n], top_logprobs: float32 [B, n], falling, then -1 and -inf.
-    """
-    op = "combine_logprobs"
-    n_ranks, batch = _check_gathered(op, "records", records, f"n_ranks, B, {TOP_WORD} + n")
-    n_top = records.shape[2] - TOP_WORD
-    _check_top(op, "records", n_top)
-    check_array(op, "wanted", wanted, (batch,), np.int32)
-    check_array(op, "targets", targets, (batch,), np.int64)
-    check_array(op, "logprobs", logprobs, (batch,), np.float32)
-    check_array(op, "is_greedy", is_greedy, (batch,), np.bool_)
-    check_array(op, "top_ids", top_ids, (batch, n_top), np.int64)
-    check_array(op, "top_logprobs", top_logprobs, (batch, n_top), np.float32)
-    _launch(op, batch, _WARP,
-            [records, np.int32(n_ranks), np.int32(batch), wanted, targets, np.int32(n_top), logprobs, is_greedy,
-             top_ids, top_logprobs], pdl)
+    launch("sampling.cu", op, -(-batch // THREADS), THREADS,
+            [pairs, np.int32(n_ranks), np.int32(batch), temperature, tokens], pdl=pdl)
 
 
 # Checks
-
-
-def _launch(name: str, grid: int | tuple[int, int], threads: int, args: list[Any], pdl: bool) -> None:
-    launch("sampling.cu", name, grid, threads, args, pdl=pdl)
-
-
-def _check_logits(op: str, logits: Any, vocab_start: int) -> tuple[int, int]:
-    check_axes(op, "logits", logits, "B, V_local")
-    batch, columns = logits.shape
-    check_array(op, "logits", logits, (batch, columns), np.float32)
-    if batch > MAX_ROWS or columns > MAX_COLUMNS:
-        raise ConfigError(f"{op}: logits of shape {logits.shape}; at most {MAX_ROWS} rows of {MAX_COLUMNS} columns "
-                          "are possible")
-    _check_vocab_start(op, vocab_start, columns)
-    return batch, columns
-
-
-def _check_vocab_start(op: str, vocab_start: int, columns: int) -> None:
-    if not 0 <= vocab_start <= TOKEN_IDS - columns:
-        raise ConfigError(f"{op}: vocab_start is {vocab_start}; token ids are from 0 to {TOKEN_IDS - 1}")
 
 
 def _check_rows(op: str, rows: SamplingArrays, batch: int) -> None:
@@ -396,30 +247,6 @@ def _check_row_max(op: str, batch: int, parts: Any, tickets: Any, pairs: Any) ->
     return blocks
 
 
-def _check_gathered(op: str, name: str, array: Any, axes: str) -> tuple[int, int]:
-    check_axes(op, name, array, axes)
-    n_ranks, batch = array.shape[:2]
-    check_array(op, name, array, array.shape, np.uint64)
-    if n_ranks < 1:
-        raise ConfigError(f"{op}: {name} has shape {array.shape}; it needs one rank or more")
-    return n_ranks, batch
-
-
 def _check_level(op: str, level: int) -> None:
     if level not in range(len(BINS)):
         raise ConfigError(f"{op}: level is {level}; it is 0, 1 or 2")
-
-
-def _check_counts(op: str, counts: Any, columns: int, slots: Any, rows: int) -> None:
-    check_axes(op, "counts", counts, "slots, V_local")
-    check_array(op, "counts", counts, (counts.shape[0], columns), np.int32)
-    if slots is not None:
-        check_array(op, "slots", slots, (rows,), np.int32)
-    elif counts.shape[0] < rows:
-        raise ConfigError(f"{op}: counts has shape {counts.shape}; without slots it needs a line for each of "
-                          f"{rows} rows")
-
-
-def _check_top(op: str, name: str, n_top: int) -> None:
-    if not 0 <= n_top <= MAX_TOP:
-        raise ConfigError(f"{op}: {name} has room for {n_top} top tokens; from 0 to {MAX_TOP} are possible")

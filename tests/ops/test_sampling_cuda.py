@@ -1,4 +1,4 @@
-"""The kernels of sampling.cu against their specification in NumPy: everything about tokens bit for bit."""
+"""sampling.cu, penalties.cu and logprobs.cu against their specification in NumPy: tokens bit for bit."""
 
 from types import SimpleNamespace
 
@@ -9,10 +9,11 @@ from cutp.comm.communicator import Communicator
 from cutp.comm.threads import run_threads
 from cutp.errors import ConfigError
 from cutp.ops import logprobs as logprobs_reference
-from cutp.ops import penalties, sampling_cuda
+from cutp.ops import logprobs_cuda, penalties, penalties_cuda, sampling_cuda
+from cutp.ops.logprobs_cuda import TOP_WORD
 from cutp.ops.philox import GUMBEL_MAX, GUMBEL_MIN, gumbel_from_bits, sampling_bits
 from cutp.ops.sampling import SamplingRows, sample, scores
-from cutp.ops.sampling_cuda import TOP_WORD, SamplingArrays, SamplingBuffers, buffer_shapes, passes_needed
+from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, passes_needed
 from cutp.ops.sampling_keys import NO_PAIR, pack_pairs, row_argmax, unpack_pairs
 from cutp.ops.sampling_thresholds import integer_masses, thresholds
 from tests.emulation.emulator import needs_compiler
@@ -457,7 +458,7 @@ def test_penalties_equal_the_reference(device, v):
         penalties.apply_penalties(expected, counts, np.arange(n) if given is None else given, rows)
         each = read_only(device, rows.repetition, rows.presence, rows.frequency)
         on_device = None if given is None else device.array(given)
-        sampling_cuda.apply_penalties(logits, *read_only(device, counts), on_device, *each)
+        penalties_cuda.apply_penalties(logits, *read_only(device, counts), on_device, *each)
         np.testing.assert_array_equal(device.numpy(logits), expected)
 
 
@@ -470,7 +471,7 @@ def test_bias_equals_the_reference(device, v, vocab_start, listed):
     values = rng.standard_normal(ids.shape).astype(f32)
     expected, logits = x.copy(), device.array(x)
     penalties.add_logit_bias(expected, vocab_start, ids, values)
-    sampling_cuda.add_logit_bias(logits, vocab_start, *read_only(device, ids, values))
+    penalties_cuda.add_logit_bias(logits, vocab_start, *read_only(device, ids, values))
     np.testing.assert_array_equal(device.numpy(logits), expected)
 
 
@@ -481,11 +482,11 @@ def test_counts_equal_the_reference(device, in_prompt):
     slots, tokens = rng.integers(-1, 4, 300).astype(np.int32), rng.integers(-1, 60, 300)
     expected, on_device = counts.copy(), device.array(counts)
     penalties.count_tokens(expected, 11, slots, tokens, in_prompt=in_prompt)
-    sampling_cuda.count_tokens(on_device, 11, *read_only(device, slots, tokens), in_prompt=in_prompt)
+    penalties_cuda.count_tokens(on_device, 11, *read_only(device, slots, tokens), in_prompt=in_prompt)
     np.testing.assert_array_equal(device.numpy(on_device), expected)
     tokens = np.array([3, -1, 40, 12])
     penalties.count_tokens(expected, 0, np.arange(4), tokens)
-    sampling_cuda.count_tokens(on_device, 0, None, device.array(tokens))
+    penalties_cuda.count_tokens(on_device, 0, None, device.array(tokens))
     np.testing.assert_array_equal(device.numpy(on_device), expected)
 
 
@@ -505,9 +506,9 @@ def run_logprobs(device, x, targets, n_top, vocab_start=0, *, comm=None, wanted=
             return array[None]
         return device.array(comm.all_gather(device.numpy(array)[None], axis=0))
 
-    sampling_cuda.logprobs(
+    logprobs_cuda.logprobs(
         *read_only(device, x), vocab_start, *read_only(device, wanted, np.asarray(targets, np.int64)), gather,
-        parts=device.poisoned((batch, sampling_cuda.slices_per_row(columns), words), np.uint64), tickets=tickets,
+        parts=device.poisoned((batch, logprobs_cuda.slices_per_row(columns), words), np.uint64), tickets=tickets,
         records=device.poisoned((batch, words), np.uint64), **out, **options)
     assert not device.numpy(tickets).any()
     return SimpleNamespace(**{name: device.numpy(array) for name, array in out.items()})
@@ -698,7 +699,7 @@ def test_arguments_of_penalties_that_do_not_fit(device, change, message):
     given = {"logits": np.zeros((2, 6), f32), "counts": np.zeros((2, 6), np.int32), "slots": np.zeros(2, np.int32),
              "repetition": np.ones(2, f32), "presence": np.zeros(2, f32), "frequency": np.zeros(2, f32)}
     with pytest.raises(ConfigError, match=message):
-        sampling_cuda.apply_penalties(**{**given, **change})
+        penalties_cuda.apply_penalties(**{**given, **change})
 
 
 @emulated_only
@@ -719,4 +720,4 @@ def test_arguments_of_logprobs_that_do_not_fit(device, change, message):
              "is_greedy": np.zeros(2, bool), "top_ids": np.zeros((2, 2), np.int64),
              "top_logprobs": np.zeros((2, 2), f32)}
     with pytest.raises(ConfigError, match=message):
-        sampling_cuda.logprobs(**{**given, **change})
+        logprobs_cuda.logprobs(**{**given, **change})
