@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ from cutp.models.registry import find_family
 # Tokens of one forward pass, and requests that run at once. On the CPU larger passes gain nothing.
 MAX_BATCH_TOKENS = 512
 MAX_RUNNING = 64
+
+log = logging.getLogger("cutp")
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Messages = Sequence[Mapping[str, Any]]
@@ -83,8 +86,12 @@ class LLM:
         self.max_len = _check_max_len(max_len, sizes.context_length)
         self.dtype = dtype
         self.tokenizer = Tokenizer.load(self.path)
-        self._intake = Intake(self.comm, self.tokenizer, ChatTemplate.load(self.path),
-                              load_generation_config(self.path, config), sizes.vocab_size, self.max_len)
+        defaults = load_generation_config(self.path, config)
+        if defaults.repetition_penalty not in (None, 1.0) and self.is_root:
+            log.warning("%s asks for repetition_penalty %s, which is not applied", self.path / "generation_config.json",
+                        defaults.repetition_penalty)
+        self._intake = Intake(self.comm, self.tokenizer, ChatTemplate.load(self.path), defaults, sizes.vocab_size,
+                              self.max_len)
         self.model = family.build(config, DeviceGroup([device] * size, self.comm), dtype, PAGE_SIZE)
         with Checkpoint(self.path) as checkpoint:
             check_weights(self.model, checkpoint, family)

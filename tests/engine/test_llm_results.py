@@ -1,6 +1,7 @@
 """A result depends on its own request only: not on the batch, the chunks, the cache or the number of ranks."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -130,3 +131,13 @@ def test_numpy_prompts_and_params_for_each():
         first, second = llm.generate([ids, ids.tolist()], greedy)
         assert second.token_ids[:3] == first.token_ids and len(second.token_ids) == 5
         assert llm.generate(ids, greedy[0])[0].token_ids == first.token_ids
+
+
+def test_a_default_that_is_not_applied_is_said(tiny, tmp_path, caplog):
+    shutil.copytree(tiny("mha"), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    with LLM(tmp_path / "model"):
+        assert "repetition_penalty 1.1, which is not applied" in caplog.text
+    caplog.clear()
+    with LLM():
+        assert caplog.text == ""
