@@ -16,8 +16,8 @@ import numpy as np
 
 from cutp.array.kernel import launch
 from cutp.errors import ConfigError
+from cutp.ops.launch_arguments import DTYPE_DEFINES
 
-_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _WARP, _WARPS = 32, 4
 _TILE = 16  # tokens; a page is a multiple
@@ -125,7 +125,7 @@ def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, pla
          np.int32(plan.shape[0] - 1), np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_kv_heads),
          np.int32(group), np.float32(score_scale), np.float32(cap)],
         shared_bytes=_shared_bytes(head_dim, group, head_tiles, tensor_cores),
-        defines=(f"DTYPE={_DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", f"HEAD_TILES={head_tiles}"), pdl=pdl,
+        defines=(f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", f"HEAD_TILES={head_tiles}"), pdl=pdl,
     )
 
 
@@ -148,8 +148,8 @@ def _shared_bytes(head_dim: int, group: int, head_tiles: int, tensor_cores: bool
 def _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, partials, counters, blocks, out) -> int:
     """Query heads a key-value head; ConfigError, naming the argument, if an array does not fit."""
     what = "decode_attention"
-    if q.dtype.name not in _DTYPE_DEFINES:
-        raise ConfigError(f"{what}: q has dtype {q.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    if q.dtype.name not in DTYPE_DEFINES:
+        raise ConfigError(f"{what}: q has dtype {q.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
     _check_array(what, "q", q, (None, None, None), q.dtype.name)
     batch, n_heads, head_dim = q.shape
     if head_dim not in _HEAD_DIMS:

@@ -10,8 +10,8 @@ import numpy as np
 
 from cutp.array.kernel import launch
 from cutp.errors import ConfigError
+from cutp.ops.launch_arguments import DTYPE_DEFINES
 
-_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _ITEM_ROWS = 128
 _LOG2_E = math.log2(math.e)
@@ -75,7 +75,7 @@ def prefill_attention(q: Any, pages: Any, lookup_table: Any, input_row_offsets: 
          np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_heads), np.int32(n_kv_heads),
          np.int32(min(window or _NO_WINDOW, _NO_WINDOW)), np.float32(softcap or 0.0),
          np.float32(scale / softcap if softcap else 1.0), np.float32((1.0 if softcap else scale) * _LOG2_E)],
-        shared_bytes=shared_bytes, defines=(f"DTYPE={_DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}"), pdl=pdl,
+        shared_bytes=shared_bytes, defines=(f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}"), pdl=pdl,
     )
 
 
@@ -92,8 +92,8 @@ def _tile(head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
 
 
 def _check_arrays(q: Any, pages: Any, out: Any, sinks: Any) -> None:
-    if q.dtype.name not in _DTYPE_DEFINES:
-        raise ConfigError(f"prefill_attention: q has dtype {q.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    if q.dtype.name not in DTYPE_DEFINES:
+        raise ConfigError(f"prefill_attention: q has dtype {q.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
     if q.ndim != 3 or q.shape[2] not in _HEAD_DIMS:
         raise ConfigError(f"prefill_attention: q has shape {q.shape}; it needs [tokens, heads, head dim] with a head "
                           f"dim of {', '.join(map(str, _HEAD_DIMS))}")

@@ -8,8 +8,8 @@ import numpy as np
 
 from cutp.array.kernel import launch
 from cutp.errors import ConfigError
+from cutp.ops.launch_arguments import DTYPE_DEFINES
 
-_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _MAX_VECTORS_PER_THREAD = {"bfloat16": 2, "float16": 2, "float32": 4}
 _WARP, _MAX_THREADS = 32, 1024
 _ROWS_PER_BLOCK = 4  # of rows that take one warp each
@@ -41,8 +41,8 @@ def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float, *, weight_offse
 def _check(rows: dict[str, Any], weight: Any) -> int:
     """The row length; ConfigError, naming the argument, if an array does not fit."""
     x = rows["x"]
-    if x.dtype.name not in _DTYPE_DEFINES:
-        raise ConfigError(f"rms_norm: x has dtype {x.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    if x.dtype.name not in DTYPE_DEFINES:
+        raise ConfigError(f"rms_norm: x has dtype {x.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
     if x.ndim == 0:
         raise ConfigError("rms_norm: x has no axis to normalise over")
     dim = x.shape[-1]
@@ -77,5 +77,5 @@ def _launch(name: str, x: Any, arrays: list[Any], dim: int, eps: float, weight_o
         "rms_norm.cu", name, -(-rows // rows_per_block), (threads, rows_per_block),
         [*arrays, np.int32(rows), np.int32(dim), np.float32(eps), np.float32(weight_offset),
          np.int32(multiply_before_cast)],
-        defines=(f"DTYPE={_DTYPE_DEFINES[x.dtype.name]}", f"VECTORS_PER_THREAD={per_thread}"), pdl=pdl,
+        defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"VECTORS_PER_THREAD={per_thread}"), pdl=pdl,
     )

@@ -9,11 +9,11 @@ import numpy as np
 
 from cutp.array.kernel import launch
 from cutp.errors import ConfigError
+from cutp.ops.launch_arguments import DTYPE_DEFINES
 
 MAX_M = 64
 """The most rows of x; beyond, a product is worth a library's blocking over K."""
 
-_DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _WARP = 32
 _MULTIPROCESSORS = 132  # of the GPU that the choices are made for; others get the same bits, if not the best speed
 _MAX_STRIDE = 2**25  # offsets between the rows of one block are 32-bit
@@ -61,7 +61,7 @@ def plan(n: int, k: int, m: int, dtype: np.dtype) -> Plan:
     columns = 8 * tiles
     return Plan(
         grid=-(-n // rows) * -(-m // columns), block=warps * _WARP, shared_bytes=warps * rows * columns * 4,
-        defines=(f"DTYPE={_DTYPE_DEFINES[dtype.name]}", f"M_TILES={tiles}", f"ROWS={rows}", f"STEPS={steps}"),
+        defines=(f"DTYPE={DTYPE_DEFINES[dtype.name]}", f"M_TILES={tiles}", f"ROWS={rows}", f"STEPS={steps}"),
     )
 
 
@@ -95,8 +95,8 @@ def _tile(n: int, m: int) -> tuple[int, int, int]:
 
 def _check(x: Any, weight: Any, bias: Any, out: Any) -> tuple[int, int, int]:
     """M, N and K; ConfigError, naming the argument, if an array does not fit."""
-    if x.dtype.name not in _DTYPE_DEFINES:
-        raise ConfigError(f"skinny_gemm: x has dtype {x.dtype}; it needs {', '.join(_DTYPE_DEFINES)}")
+    if x.dtype.name not in DTYPE_DEFINES:
+        raise ConfigError(f"skinny_gemm: x has dtype {x.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
     for name, array in (("x", x), ("weight", weight)):
         if array.ndim != 2:
             raise ConfigError(f"skinny_gemm: {name} has shape {array.shape}; it needs two axes")
