@@ -115,6 +115,12 @@ class CapacityError(CutpError, MemoryError):
     exit_code = 4
 
 
+class OutputError(CutpError):
+    """A file of results cannot be written: no space, no permission, or another job writes there."""
+
+    code = "output"
+
+
 class CommError(CutpError):
     """Communication between ranks failed."""
 

@@ -22,6 +22,15 @@ def matmul_allreduce() -> bool:
     return text == "1"
 
 
+def moe() -> str:
+    """How ranks divide the experts of a mixture (`CUTP_MOE`): "tensor", the default, cuts every expert along its
+    width; "expert" gives each rank whole experts."""
+    text = os.environ.get("CUTP_MOE", "")
+    if text not in ("", "tensor", "expert"):
+        raise ConfigError(f"CUTP_MOE={text!r} is neither 'tensor' nor 'expert'")
+    return text or "tensor"
+
+
 def kernel_cache() -> str | None:
     """The directory where compiled kernels are kept (`CUTP_KERNEL_CACHE`); None, the default, for one in $TMPDIR."""
     return os.environ.get("CUTP_KERNEL_CACHE") or None

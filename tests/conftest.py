@@ -6,7 +6,7 @@ import numpy as np  # noqa: F401  (loads BLAS, so that its threads can be capped
 import pytest
 from threadpoolctl import threadpool_limits
 
-from tests import tiny_llama
+from tests import tiny_llama, tiny_models
 
 # The matrices of the tests are tiny: more BLAS threads only get in each other's way.
 threadpool_limits(1, user_api="blas")
@@ -14,14 +14,13 @@ threadpool_limits(1, user_api="blas")
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny(case): the directory of that tiny checkpoint, written once a session."""
+    """tiny(case): the directory of that tiny checkpoint (of tiny_llama or tiny_models), written once a session."""
     root = tmp_path_factory.mktemp("tiny")
 
     def directory(case: str):
         path = root / case
         if not path.exists():
-            path.mkdir()
-            tiny_llama.write_checkpoint(case, path)
+            (tiny_models if case in tiny_models.CASES else tiny_llama).write_checkpoint(case, path)
         return path
 
     return directory

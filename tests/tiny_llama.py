@@ -90,7 +90,7 @@ def config(case: str) -> dict:
     return BASE | CASES[case]
 
 
-def _uniform(n: int, *key: object) -> np.ndarray:
+def uniform(n: int, *key: object) -> np.ndarray:
     """float32 [n] in [-1, 1), a pure function of `key`."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
@@ -131,7 +131,7 @@ def tensors(case: str) -> dict[str, np.ndarray]:
     """float32 tensors by HF name (`model.layers.0.self_attn.q_proj.weight`, ...); no `lm_head.weight` when tied."""
     made = {}
     for name, shape in _shapes(config(case)).items():
-        values = _uniform(math.prod(shape), case, SEEDS.get(case, 0), name).reshape(shape)
+        values = uniform(math.prod(shape), case, SEEDS.get(case, 0), name).reshape(shape)
         module = name.split(".")[-2]
         if module.endswith("norm"):
             values = 1 + np.float32(0.2) * values
@@ -150,7 +150,7 @@ def prompts(case: str) -> list[list[int]]:
     c = config(case)
     lengths = (7, 20, ORIGINAL, 80) if case.startswith("rope_") else (1, 5, 17, 40)
     return [
-        [int(t) for t in (_uniform(n, case, "prompt", i) + 1) * (c["vocab_size"] / 2)] for i, n in enumerate(lengths)
+        [int(t) for t in (uniform(n, case, "prompt", i) + 1) * (c["vocab_size"] / 2)] for i, n in enumerate(lengths)
     ]
 
 

@@ -61,10 +61,11 @@ class Checkpoint:
         return self._file_with(name).info(name)
 
     def read(
-        self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None
+        self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None,
+        item: int | None = None,
     ) -> np.ndarray:
-        """One tensor, or only the `ranges` along `axis`; see `SafetensorsFile.read`."""
-        return self._file_with(name).read(name, axis, ranges)
+        """One tensor or one `item` of it, or only the `ranges` along `axis`; see `SafetensorsFile.read`."""
+        return self._file_with(name).read(name, axis, ranges, item)
 
     @property
     def bytes_read(self) -> int:

@@ -58,6 +58,16 @@ class ModelConfig:
         name = self.string("dtype", None) or self.string("torch_dtype", None)
         return name.removeprefix("torch.") if name else None
 
+    def check_quantization(self, readable: Sequence[str] = ()) -> None:
+        """UnsupportedModelError when the weights are quantized by a method that is not one of `readable`."""
+        quantization = self.raw.get("quantization_config")
+        if not quantization:
+            return
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method not in readable:
+            message = f"{self.path} describes quantized weights (quant_method {method!r})"
+            raise UnsupportedModelError(message, hint="use the unquantized checkpoint")
+
     def __contains__(self, key: object) -> bool:
         """Whether the key is there with a value other than null."""
         return self.raw.get(key) is not None
@@ -105,6 +115,12 @@ class ModelConfig:
         value = self._get(
             key, default, lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v), "a list of strings"
         )
+        return tuple(value) if isinstance(value, list) else value
+
+    def layer_indices(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
+        """A list of integers from 0."""
+        value = self._get(key, default, lambda v: isinstance(v, list) and all(_is_int(x) and x >= 0 for x in v),
+                          "a list of integers from 0")
         return tuple(value) if isinstance(value, list) else value
 
     def token_ids(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
@@ -155,9 +171,12 @@ class ModelConfig:
 def load_config(directory: str | os.PathLike, *, refuse_remote_code: bool = True) -> ModelConfig:
     """The checked config.json of a model directory.
 
-    Raises ModelConfigError when it is missing or malformed, UnsupportedModelError when the weights are quantized and
-    UnsafeCheckpointError when `auto_map` says that the checkpoint expects its own Python code to be run. That code is
-    never run either way: `refuse_remote_code=False` is for callers that implement the named architecture themselves.
+    Raises ModelConfigError when it is missing or malformed and UnsafeCheckpointError when `auto_map` says that the
+    checkpoint expects its own Python code to be run. That code is never run either way: `refuse_remote_code=False` is
+    for callers that implement the named architecture themselves. An `auto_map` whose AutoModelForCausalLM has the name
+    of the architecture is accepted, as it is in transformers where that architecture is built in: many models were
+    released before they were. Whether quantized weights can be read depends on the
+    architecture: see `ModelConfig.check_quantization`.
     """
     path = Path(directory) / "config.json"
     tokenizer_path = path.with_name("tokenizer_config.json")
@@ -165,7 +184,7 @@ def load_config(directory: str | os.PathLike, *, refuse_remote_code: bool = True
         raise ModelConfigError(f"{directory} has no config.json", hint="pass a directory in Hugging Face format")
     config = ModelConfig(read_json_object(path, ModelConfigError), path)
     auto_map = config.raw.get("auto_map")
-    if auto_map and refuse_remote_code:
+    if auto_map and refuse_remote_code and not _is_architecture(config):
         shown = ", ".join(f"{k}: {v}" for k, v in auto_map.items()) if isinstance(auto_map, dict) else repr(auto_map)
         raise UnsafeCheckpointError(
             f"{path} asks to run the checkpoint's own code (auto_map: {shown[:200]}); cutp never runs such code",
@@ -173,14 +192,16 @@ def load_config(directory: str | os.PathLike, *, refuse_remote_code: bool = True
         )
     if tokenizer_path.exists() and read_json_object(tokenizer_path).get("auto_map"):
         config.has_remote_code = True  # a tokenizer class of its own; tokenizer.json is read without it
-    quantization = config.raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        message = f"{path} describes quantized weights (quant_method {method!r})"
-        raise UnsupportedModelError(message, hint="use the unquantized checkpoint")
     # The identifying values are read here so that a bad one is reported at once.
     _ = config.architecture, config.model_type, config.torch_dtype
     return config
+
+
+def _is_architecture(config: ModelConfig) -> bool:
+    """Whether `auto_map` holds the checkpoint's own code of the very architecture that it names."""
+    auto_map = config.raw["auto_map"]
+    model = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return isinstance(model, str) and model.rpartition(".")[2] == config.architecture
 
 
 def _is_int(value: Any) -> bool:

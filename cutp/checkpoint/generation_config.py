@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from cutp.checkpoint.config import ModelConfig
 from cutp.checkpoint.json_file import read_json_object
 from cutp.errors import ModelConfigError
 
+# Settings of Hugging Face's GenerationConfig that change what is generated and that cutp does not have, with the values
+# (beside null and empty lists and objects) that ask for nothing. Left out: max_length, which counts the prompt and is
+# there the limit for callers who set none, as max_tokens and max_len are here; and what only changes speed or output.
+_NOT_APPLIED: dict[str, tuple] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "constraints": (), "force_words_ids": (), "penalty_alpha": (0,),
+    "dola_layers": (), "guidance_scale": (1,), "num_return_sequences": (1,), "max_time": (),
+    "typical_p": (1,), "top_h": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,),
+    "bad_words_ids": (), "sequence_bias": (), "suppress_tokens": (), "begin_suppress_tokens": (),
+    "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (), "min_length": (0,),
+    "stop_strings": (), "token_healing": (False,), "watermarking_config": (),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint says; None (or an empty tuple) where it says nothing."""
+    """What the checkpoint says; None (or an empty tuple) where it says nothing.
+
+    not_applied: what it asks for that cutp does not do, as "key value".
+    """
 
     temperature: float | None = None
     top_k: int | None = None
@@ -25,6 +43,8 @@ class GenerationDefaults:
     pad_token_id: int | None = None
     max_new_tokens: int | None = None
     repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
+    not_applied: tuple[str, ...] = ()
 
 
 def load_generation_config(directory: str | os.PathLike, config: ModelConfig) -> GenerationDefaults:
@@ -80,4 +100,7 @@ def load_generation_config(directory: str | os.PathLike, config: ModelConfig) ->
         pad_token_id=pad_id(),
         max_new_tokens=generation.positive_int("max_new_tokens", None),
         repetition_penalty=generation.positive_float("repetition_penalty", None),
+        min_new_tokens=generation.non_negative_int("min_new_tokens", None),
+        not_applied=tuple(f"{key} {shorten(json.dumps(raw[key]), 60)}" for key, neutral in _NOT_APPLIED.items()
+                          if raw.get(key) not in (None, [], {}, *neutral)),
     )

@@ -66,16 +66,24 @@ class SafetensorsFile:
         return found
 
     def read(
-        self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None
+        self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None,
+        item: int | None = None,
     ) -> np.ndarray:
         """The tensor `name` as a new, writable, C-ordered array of its stored dtype.
+
+        With `item`, only that item along axis 0, and the rest of the arguments are about it.
 
         With `axis` (negative counts from the end) and `ranges`, only the half-open index ranges (start, stop) along
         that axis, concatenated in the order given. Along axis 0 exactly the bytes of the result are read; along other
         axes short runs are picked out of larger blocks, with at most `CHUNK_BYTES` of scratch memory.
-        Raises MissingTensorError, CheckpointError (axis or range out of bounds) or TruncatedFileError.
+        Raises MissingTensorError, CheckpointError (item, axis or range out of bounds) or TruncatedFileError.
         """
         info = self.info(name)
+        if item is not None:
+            try:
+                info = info.item(item)
+            except IndexError as e:
+                raise CheckpointError(f"{self.path}: {e}") from None
         if (axis is None) != (ranges is None):
             raise CheckpointError(f"tensor {name!r} of {self.path}: give both axis and ranges, or neither")
         if axis is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def item(self, index: int) -> TensorInfo:
+        """Item `index` along axis 0 as a tensor of its own; IndexError when there is none."""
+        if not self.shape or not 0 <= index < self.shape[0]:
+            raise IndexError(f"tensor {self.name!r} of shape {self.shape} has no item {index}")
+        whole = replace(self, shape=self.shape[1:])
+        return replace(whole, offset_in_file=self.offset_in_file + index * whole.nbytes)
 
 
 def read_header(fd: int, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from cutp.cli.options import MODEL_HELP, positive_int
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         "dtype": facts["dtype"],
         "layers": facts["layers"],
         "hidden size": facts["hidden_size"],
-        "heads": f"{facts['attention_heads']} query, {facts['key_value_heads']} key-value, {facts['head_dim']} wide",
+        "heads": _heads(facts),
         "vocabulary": facts["vocab_size"],
         "context": f"{facts['context_length']} tokens",
         "rotary": facts["rope_type"],
@@ -45,6 +46,12 @@ def run(args: argparse.Namespace) -> None:
     width = max(len(name) for name in shown)
     for name, value in shown.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _heads(facts: dict[str, Any]) -> str:
+    if facts["latent_dim"] is not None:
+        return f"{facts['attention_heads']}, which share a cached latent of {facts['latent_dim']} values a token"
+    return f"{facts['attention_heads']} query, {facts['key_value_heads']} key-value, {facts['head_dim']} wide"
 
 
 def _bytes(per_rank: list[int]) -> str:

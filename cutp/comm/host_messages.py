@@ -75,8 +75,13 @@ class HostMessages:
         got = self.gather_bytes(_to_json(value), root)
         return None if got is None else [_from_json(g) for g in got]
 
-    def all_gather_json(self, value: Any) -> list[Any]:
-        return [_from_json(g) for g in self.all_gather_bytes(_to_json(value))]
+    def all_gather_json(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """The values of all ranks in rank order. patient: wait for the others without a deadline."""
+        x = _to_array(_to_json(value), "all_gather_json")
+        if not patient:
+            return [_from_json(g) for g in self._all_gather("all_gather_json", x)]
+        with self._transport.without_deadline():
+            return [_from_json(g) for g in self._all_gather("all_gather_json", x)]
 
     def send_json(self, value: Any, dest: int) -> None:
         self.send_bytes(_to_json(value), dest)

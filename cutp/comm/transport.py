@@ -8,8 +8,10 @@ ranks that got out of step are told so instead of exchanging the wrong data.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -79,6 +81,15 @@ class Transport(ABC):
         self.check_usable()
         self._sequence += 1
         return self._sequence - 1
+
+    @contextmanager
+    def without_deadline(self) -> Iterator[None]:
+        """Within the block this rank waits for others as long as it takes; their failures still reach it."""
+        limit, self.timeout = self.timeout, math.inf
+        try:
+            yield
+        finally:
+            self.timeout = limit
 
     def check_peer(self, peer: int, what: str, *, may_be_self: bool = False) -> int:
         if not isinstance(peer, (int, np.integer)) or not 0 <= peer < self.size:

@@ -2,86 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from cutp.comm.communicator import Communicator
 from cutp.engine.request import Request
 from cutp.engine.runner import ModelRunner
-from cutp.engine.sampler import record_logprobs, sample_next
+from cutp.engine.sampler import Sampler
 from cutp.engine.scheduler import Chunk, Scheduler
+from cutp.engine.stats import EngineStats
 from cutp.errors import CapacityError, CutpError
+
+Event = tuple[Request, str]
 
 
 class EngineCore:
-    """Runs requests on one model. Every rank runs the same loop on equal requests, and so takes the same steps."""
+    """Runs requests on one replica of a model, step by step.
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, comm: Communicator):
+    Every rank of the replica makes the same calls with equal requests, and so takes the same steps. Requests may be
+    added and cancelled between steps.
+    """
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, sampler: Sampler, comm: Communicator):
         self.runner = runner
         self.scheduler = scheduler
+        self.sampler = sampler
         self.comm = comm
+        self.stats = EngineStats()
 
-    def check_capacity(self, requests: Sequence[Request]) -> None:
-        """CapacityError when a request could not be served even alone."""
-        allocator = self.scheduler.allocator
-        for request in requests:
-            if allocator.pages_for(request.max_total) > allocator.num_pages:
-                raise CapacityError(f"prompt {request.index} may reach {request.max_total} tokens; the cache holds "
-                                    f"{allocator.num_pages * allocator.page_size}", hint="lower max_tokens")
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        """Runs the requests to their end; yields (request, text that is new) for every generated token.
+    def check_capacity(self, tokens: int, name: str) -> None:
+        """CapacityError when a request that may reach `tokens` tokens could not be served even alone."""
+        pool = self.scheduler.pool
+        if pool.pages_for(tokens) > pool.num_pages:
+            raise CapacityError(f"{name} may reach {tokens} tokens; the cache holds {pool.num_pages * pool.page_size}",
+                                hint="lower max_tokens")
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.stats.requests_added += 1
+
+    def cancel(self, request: Request) -> str:
+        """Drops a request that has not finished; returns the text it held back."""
+        text = request.cancel()
+        self.scheduler.cancel(request)
+        self.stats.requests_cancelled += 1
+        return text
+
+    def step(self) -> list[Event]:
+        """One forward pass; (request, text that is new) for every token that was generated, in the order of arrival
+        of the requests, and (request, "") for one that generates nothing and is done.
 
         An error that is not cutp's own is announced to the other ranks before it is raised, so none of them waits for
-        this one. Whatever happens, the requests are dropped and the engine is ready for others.
+        this one. After any error the requests are dropped and the engine is ready for others.
         """
-        for request in requests:
-            self.scheduler.add(request)
         try:
-            while self.scheduler.has_work:
-                yield from self._step(self.scheduler.schedule())
-        except (CutpError, GeneratorExit):
+            return self._step()
+        except CutpError:
+            self.scheduler.clear()
             raise
         except BaseException as error:
             self.comm.fail(error)
-            raise
-        finally:
             self.scheduler.clear()
+            raise
 
-    def _step(self, chunks: Sequence[Chunk]) -> list[tuple[Request, str]]:
-        hidden = self.runner.run(chunks)
-        rows = np.cumsum([0] + [chunk.stop - chunk.start for chunk in chunks])
-        self._score(chunks, rows[:-1], hidden)
-        for chunk in chunks:
-            chunk.request.cached = chunk.stop
-        complete = [(chunk.request, row - 1) for chunk, row in zip(chunks, rows[1:], strict=True) if chunk.completes]
-        events = self._sample([(request, row) for request, row in complete if not request.is_score], hidden)
-        for request, _ in complete:
-            if request.is_score or request.finish_reason is not None:
+    def _step(self) -> list[Event]:
+        begin = time.perf_counter()
+        plan = self.scheduler.schedule()
+        for request in plan.admitted:
+            if request.params is not None:
+                self.sampler.admit(request)
+        chunks = plan.chunks
+        layers = sorted({layer for chunk in chunks if chunk.request.states for layer in chunk.request.states.layers})
+        ready = time.perf_counter()
+        hidden, states = self.runner.run(chunks, self.scheduler.tables, layers)
+        self._collect_prompts(chunks, hidden, dict(zip(layers, states, strict=True)))
+        self.scheduler.advance(chunks)
+        events = self._sample(chunks, hidden)
+        for request, _ in events:
+            if request.finish_reason is not None:
                 self.scheduler.finish(request)
+                self.stats.requests_finished += 1
+        self.stats.count_step(plan, ready - begin, time.perf_counter() - begin)
         return events
 
-    def _score(self, chunks: Sequence[Chunk], first_rows: np.ndarray, hidden: list[np.ndarray]) -> None:
-        """Log-probabilities of the prompt tokens that the chunks of scored requests predict."""
-        rows, targets, owners = [], [], []
-        for chunk, first in zip(chunks, first_rows, strict=True):
-            if chunk.request.is_score:
-                ids = chunk.request.tokens(chunk.start + 1, min(chunk.stop + 1, chunk.request.length))
-                rows.extend(range(first, first + len(ids)))
-                targets.extend(ids)
-                owners.extend([chunk.request] * len(ids))
+    def _collect_prompts(self, chunks: Sequence[Chunk], hidden: list[np.ndarray], states: dict) -> None:
+        """Log-probabilities and hidden states of prompt tokens, for the requests that want them."""
+        rows, targets, owners, top = [], [], [], 0
+        first_row = 0
+        for chunk in chunks:
+            request = chunk.request
+            if request.scores is not None:
+                wanted = request.scores.rows(chunk.start, chunk.stop)
+                rows.extend(position - chunk.start + first_row for position in wanted)
+                targets.extend(request.scores.target(position) for position in wanted)
+                owners.extend([request.scores] * len(wanted))
+                top = max(top, request.scores.top or 0)
+            if request.states is not None:
+                last_row = first_row + chunk.stop - chunk.start
+                request.states.add(chunk.start, chunk.stop,
+                                   [states[layer][first_row:last_row] for layer in request.states.layers])
+            first_row += chunk.stop - chunk.start
         if rows:
-            values = self.runner.target_logprobs(hidden, np.array(rows), np.array(targets))
-            for request, value in zip(owners, values.tolist(), strict=True):
-                request.prompt_logprobs.append(value)
+            scored = self.runner.prompt_logprobs(hidden, np.array(rows), np.array(targets), top)
+            for scores, target, score in zip(owners, targets, scored, strict=True):
+                scores.add(target, *score)
 
-    def _sample(self, complete: list[tuple[Request, int]], hidden: list[np.ndarray]) -> list[tuple[Request, str]]:
-        """The next token of every request whose last token was computed, at the given row."""
-        if not complete:
-            return []
-        requests = [request for request, _ in complete]
-        logits = self.runner.logits(hidden, np.array([row for _, row in complete]))
-        tokens = sample_next(logits, self.runner.vocab_start, requests, self.comm)
-        record_logprobs(logits, self.runner.vocab_start, requests, tokens, self.comm)
-        return [(request, request.append(token)) for request, token in zip(requests, tokens, strict=True)]
+    def _sample(self, chunks: Sequence[Chunk], hidden: list[np.ndarray]) -> list[Event]:
+        """The next token of every request whose last token was computed; the end of those that generate nothing."""
+        events: list[Event] = []
+        requests, rows, row = [], [], -1
+        for chunk in chunks:
+            row += chunk.stop - chunk.start
+            if not chunk.completes:
+                continue
+            if chunk.request.params is None:
+                chunk.request.finish_reason = "length"
+                events.append((chunk.request, ""))
+            else:
+                requests.append(chunk.request)
+                rows.append(row)
+        self.stats.generated_tokens += len(requests)
+        if requests:
+            logits = self.runner.logits(hidden, np.array(rows))
+            tokens = self.sampler.sample(logits, requests).tolist()
+            self.sampler.record_logprobs(logits, requests, tokens)
+            events.extend((request, request.append(token)) for request, token in zip(requests, tokens, strict=True))
+            events.sort(key=lambda event: event[0].id)
+        return events

@@ -1,100 +1,135 @@
-"""From what a caller passes to requests: shared, tokenised, checked, the same on every rank.
+"""From what a caller passes to prepared input: tokenised, completed, checked. Rank 0's work, JSON-safe.
 
-Rank 0's input counts; the others pass None or an equal value. Rank 0 tokenises and checks and sends either the result
-or the error to all, so that a bad prompt raises everywhere, before any work, and leaves the engine usable.
+`read_*` put a caller's arguments in one plain form, on every rank that was given some. `prepare` turns that form into
+what the ranks then work on, or raises the error that all of them will raise.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from cutp.checkpoint.chat_template import ChatTemplate
-from cutp.checkpoint.detokenizer import Detokenizer
 from cutp.checkpoint.generation_config import GenerationDefaults
 from cutp.checkpoint.tokenizer import Tokenizer
-from cutp.comm.communicator import Communicator
-from cutp.engine.prompts import check_ids, each_params, plain_prompts
-from cutp.engine.request import Request
+from cutp.engine.prompts import check_ids, each_params, is_ids, plain_prompts
 from cutp.engine.sampling_params import SamplingParams
-from cutp.engine.text_stream import TextStream
-from cutp.errors import CutpError, InputMismatchError, RequestError
+from cutp.engine.windows import rolling_windows
+from cutp.errors import RequestError
+
+POOLS = (None, "last", "mean")
+_NUMBERS = (int, float, np.number)
 
 
 class Intake:
-    """Makes requests for one model: its tokenizer, chat template, sampling defaults and limits."""
+    """Prepares input for one model: by its tokenizer, chat template, sampling defaults and limits.
 
-    def __init__(self, comm: Communicator, tokenizer: Tokenizer | None, chat_template: ChatTemplate | None,
-                 defaults: GenerationDefaults, vocab_size: int, max_len: int):
-        self._comm = comm
+    check_capacity(tokens, name): raises CapacityError when the cache cannot hold a request.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, chat_template: ChatTemplate | None, defaults: GenerationDefaults,
+                 vocab_size: int, max_len: int, num_layers: int, check_capacity: Callable[[int, str], None]):
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_len = max_len
+        self._num_layers = num_layers
+        self._check_capacity = check_capacity
 
-    def generation(self, prompts: Any, params: Any) -> list[Request]:
-        """Requests that continue `prompts`."""
-        return self._generation(plain_prompts, prompts, params, lambda value: value)
+    def generation(self, value: dict) -> list[dict]:
+        """{"prompts", "params", "chat"} -> a list of {"ids", "text", "params", "reach"}, one a prompt."""
+        rendered = [self._render(messages) for messages in value["prompts"]] if value["chat"] else value["prompts"]
+        ids = self._tokenize(rendered, room=1, special=not value["chat"])
+        prepared = []
+        for index, (prompt, each, params) in enumerate(zip(rendered, ids, value["params"], strict=True)):
+            params = self._complete(SamplingParams.from_dict(params))
+            reach = min(len(each) + params.max_tokens, self._max_len)
+            if params.min_tokens > reach - len(each):
+                raise RequestError(f"prompt {index}: min_tokens is {params.min_tokens}, but only {reach - len(each)} "
+                                   "tokens fit behind the prompt")
+            self._check_capacity(reach, f"prompt {index}")
+            prepared.append({"ids": each, "text": prompt if isinstance(prompt, str) else None,
+                             "params": params.to_dict(), "reach": reach})
+        return prepared
 
-    def chat(self, conversations: Any, params: Any) -> list[Request]:
-        """Requests that answer `conversations`."""
-        return self._generation(_plain_conversations, conversations, params, self._render)
+    def scoring(self, value: dict) -> list[dict]:
+        """{"items", "names"} -> a list of {"ids", "first", "pair"}: token ids, of which those from `first` on are
+        scored."""
+        names = value["names"] or [f"prompt {index}" for index in range(len(value["items"]))]
+        prepared = []
+        for item, name in zip(value["items"], names, strict=True):
+            pair = isinstance(item, dict)
+            if pair:
+                ids, first = self._pair(item["context"], item["continuation"], name)
+            else:
+                [ids], first = self._tokenize([item], room=0, names=[name]), 1
+            self._check_capacity(len(ids), name)
+            prepared.append({"ids": ids, "first": first, "pair": pair})
+        return prepared
 
-    def scoring(self, texts: Any, names: Sequence[str] | None = None) -> list[Request]:
-        """Requests that score `texts`, which errors call by `names`."""
-        ids = self._share(lambda: plain_prompts(texts), texts,
-                          lambda value: self._tokenize(value, room=0, names=names))
-        return [Request(index, None, each, max_total=len(each)) for index, each in enumerate(ids)]
+    def rolling(self, value: dict) -> list[dict]:
+        """{"texts", "window"} -> a list of {"windows": [{"ids", "first"}], "bytes"}, one a text."""
+        window = self._max_len if value["window"] is None else value["window"]
+        if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= self._max_len:
+            raise RequestError(f"window must be a number of tokens from 1 to {self._max_len}, not {window!r}")
+        self._check_capacity(window, "a window")
+        prepared = []
+        for index, text in enumerate(value["texts"]):
+            ids = self._ids(text, f"prompt {index}", special=False)
+            if ids:
+                check_ids(ids, f"prompt {index}", self._vocab_size, 2**31, 0)
+            windows = [{"ids": piece, "first": first} for piece, first in rolling_windows(ids, self.prefix, window)]
+            prepared.append({"windows": windows, "bytes": len(text.encode()) if isinstance(text, str) else None})
+        return prepared
 
-    def _generation(self, plain: Callable, prompts: Any, params: Any, render: Callable) -> list[Request]:
-        def read() -> dict:
-            each = plain(prompts)
-            return {"prompts": each, "params": [p.to_dict() for p in each_params(params, len(each))]}
+    def hidden_states(self, value: dict) -> dict:
+        """{"prompts", "layers", "pool", "gather"} -> the same with token ids and layers counted from 0."""
+        layers = []
+        for layer in value["layers"]:
+            if isinstance(layer, bool) or not isinstance(layer, int) or \
+                    not -self._num_layers - 1 <= layer <= self._num_layers:
+                raise RequestError(f"layer {layer!r} is not in 0 .. {self._num_layers} (0: the embeddings, "
+                                   f"{self._num_layers} or -1: after the final norm)")
+            layers.append(layer % (self._num_layers + 1))
+        if value["pool"] not in POOLS:
+            raise RequestError(f"pool must be None, 'last' or 'mean', not {value['pool']!r}")
+        if value["gather"] not in ("all", "root", "none"):
+            raise RequestError(f"gather must be 'all', 'root' or 'none', not {value['gather']!r}")
+        if not layers:
+            raise RequestError("layers is empty", hint="layers=[-1] gives the last layer's states")
+        ids = self._tokenize(value["prompts"], room=0)
+        for index, each in enumerate(ids):
+            self._check_capacity(len(each), f"prompt {index}")
+        return {**value, "prompts": ids, "layers": layers}
 
-        def prepare(value: dict) -> dict:
-            rendered = render(value["prompts"])
-            ids = self._tokenize(rendered, room=1, add_special_tokens=rendered is value["prompts"])
-            texts = [prompt if isinstance(prompt, str) else None for prompt in rendered]
-            return {"ids": ids, "texts": texts, "params": self._complete(value["params"])}
+    @property
+    def prefix(self) -> int | None:
+        """The token that stands before a text without a context: beginning-of-sequence, else end-of-sequence."""
+        if self._tokenizer is not None and self._tokenizer.bos_token_id is not None:
+            return self._tokenizer.bos_token_id
+        if self._defaults.bos_token_id is not None:
+            return self._defaults.bos_token_id
+        return self._defaults.eos_token_ids[0] if self._defaults.eos_token_ids else None
 
-        shared = self._share(read, prompts, prepare)
-        columns = zip(shared["texts"], shared["ids"], shared["params"], strict=True)
-        return [self._request(index, text, ids, SamplingParams.from_dict(p))
-                for index, (text, ids, p) in enumerate(columns)]
+    def _complete(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with the checkpoint's defaults, token ids for what is written as text, and a seed."""
+        params = params.with_defaults(self._defaults)
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=secrets.randbits(63))
+        return params.resolved(self._tokenizer, self._vocab_size, self._defaults.eos_token_ids)
 
-    def _request(self, index: int, text: str | None, ids: list[int], params: SamplingParams) -> Request:
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends.update(self._defaults.eos_token_ids)
-        stream = None
-        if self._tokenizer is not None:
-            stream = TextStream(Detokenizer(self._tokenizer, ids), params.stop)
-        max_total = min(len(ids) + params.max_tokens, self._max_len)
-        return Request(index, text, ids, max_total, params, frozenset(ends), stream)
-
-    def _complete(self, params: Sequence[dict]) -> list[dict]:
-        """The parameters with the checkpoint's defaults and a seed (one is drawn for all who have none)."""
-        drawn = secrets.randbits(63)
-        result = []
-        for each in params:
-            one = SamplingParams.from_dict(each)
-            if one.stop and self._tokenizer is None:
-                raise RequestError("stop strings need a tokenizer.json", hint="use stop_token_ids")
-            one = one.with_defaults(self._defaults)
-            result.append((one if one.seed is not None else dataclasses.replace(one, seed=drawn)).to_dict())
-        return result
-
-    def _render(self, conversations: Sequence) -> list[str]:
+    def _render(self, messages: list) -> str:
         if self._chat_template is None:
             raise RequestError("the model has no chat template", hint="pass plain prompts")
-        return [self._chat_template.render(messages) for messages in conversations]
+        return self._chat_template.render(messages)
 
-    def _tokenize(self, prompts: Sequence[str | list[int]], *, room: int, add_special_tokens: bool = True,
+    def _tokenize(self, prompts: Sequence[str | list[int]], *, room: int, special: bool = True,
                   names: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of every prompt, checked; `room` tokens must fit behind each."""
         result = []
@@ -102,70 +137,88 @@ class Intake:
             name = names[index] if names else f"prompt {index}"
             if len(prompt) == 0:
                 raise RequestError(f"{name} is empty")
-            if isinstance(prompt, str):
-                if self._tokenizer is None:
-                    raise RequestError(f"{name} is text, but the model has no tokenizer.json", hint="pass token ids")
-                try:
-                    prompt = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-                except RequestError as error:
-                    raise RequestError(f"{name}: {error.message}", hint=error.hint) from None
-            check_ids(prompt, name, self._vocab_size, self._max_len, room)
-            result.append(prompt)
+            ids = self._ids(prompt, name, special)
+            check_ids(ids, name, self._vocab_size, self._max_len, room)
+            result.append(ids)
         return result
 
-    def _share(self, read: Callable[[], Any], given: Any, prepare: Callable[[Any], Any]) -> Any:
-        """prepare(read()) of rank 0 on every rank; both values are JSON-safe.
-
-        Raises InputMismatchError when another rank's input is there and differs; otherwise, on all ranks, whatever
-        CutpError reading or preparing raised on rank 0.
-        """
+    def _ids(self, prompt: str | list[int], name: str, special: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise RequestError(f"{name} is text, but the model has no tokenizer.json", hint="pass token ids")
         try:
-            return self._shared(read, given, prepare)
-        except CutpError as error:
-            # Raised by all ranks alike (but for errors of communication, which the ranks know of).
-            self._comm.host.agreed_error = error
-            raise
-        except BaseException as error:
-            self._comm.fail(error)
-            raise
+            return self._tokenizer.encode(prompt, add_special_tokens=special)
+        except RequestError as error:
+            raise RequestError(f"{name}: {error.message}", hint=error.hint) from None
 
-    def _shared(self, read: Callable[[], Any], given: Any, prepare: Callable[[Any], Any]) -> Any:
-        value = error = None
-        if given is not None:
-            try:
-                value = read()
-            except CutpError as raised:
-                error = raised
-        if self._comm.rank == 0 and given is None:
-            error = InputMismatchError("rank 0 passed no input",
-                                       hint="rank 0 passes the input, the others None or the same")
-        if self._comm.size == 1:
-            if error is not None:
-                raise error
-            return prepare(value)
-        self._check_equal(given, error.to_dict() if error else value)
-        reply = None
-        if self._comm.rank == 0:
-            try:
-                if error is not None:
-                    raise error
-                reply = {"result": prepare(value)}
-            except CutpError as raised:
-                reply = {"error": raised.to_dict()}
-        reply = self._comm.host.broadcast_json(reply)
-        if "error" in reply:
-            raise CutpError.from_dict(reply["error"])
-        return reply["result"]
+    def _pair(self, context: str | list[int], continuation: str | list[int], name: str) -> tuple[list[int], int]:
+        """Token ids of context and continuation, and where the continuation begins.
 
-    def _check_equal(self, given: Any, value: Any) -> None:
-        digest = None
-        if given is not None:
-            digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-        digests = self._comm.host.all_gather_json(digest)
-        different = [rank for rank, other in enumerate(digests) if other not in (None, digests[0])]
-        if different and digests[0] is not None:
-            raise InputMismatchError(f"rank {different[0]} passed another input than rank 0",
-                                     hint="pass None on the other ranks, or the same input everywhere")
+        Spaces between them count to the continuation, and text is split where the tokens of the whole begin to go
+        beyond those of the context, as evaluation harnesses do.
+        """
+        if len(continuation) == 0:
+            raise RequestError(f"{name}: the continuation is empty")
+        if isinstance(continuation, str):
+            stripped = context.rstrip()
+            context, continuation = stripped, context[len(stripped):] + continuation
+            before = self._ids(context, name, special=True) if context else []
+            whole = self._ids(context + continuation, name, special=bool(context))
+            ids, first = whole, len(before)
+        else:
+            ids, first = [*context, *continuation], len(context)
+        if first == 0:
+            if self.prefix is None:
+                raise RequestError(f"{name}: an empty context needs a beginning- or end-of-sequence token, and the "
+                                   "model names none", hint="pass the context as token ids")
+            ids, first = [self.prefix, *ids], 1
+        if first >= len(ids):
+            raise RequestError(f"{name}: the continuation adds no token to the context")
+        check_ids(ids, name, self._vocab_size, self._max_len, 0)
+        return ids, first
+
+
+def read_generation(prompts: Any, params: Any, chat: bool = False) -> dict:
+    """What `Intake.generation` prepares."""
+    each = _plain_conversations(prompts) if chat else plain_prompts(prompts)
+    return {"prompts": each, "params": [p.to_dict() for p in each_params(params, len(each))], "chat": chat}
+
+
+def read_scoring(items: Any, names: Sequence[str] | None) -> dict:
+    """What `Intake.scoring` prepares: texts, token ids and (context, continuation) pairs of these."""
+    if isinstance(items, str) or is_ids(items):
+        items = [items]
+    try:
+        items = list(items)
+    except TypeError:
+        raise RequestError(f"texts are a {type(items).__name__}, not text, token ids or a list of these") from None
+    names = None if names is None else [str(name) for name in names]
+    if names is not None and len(names) != len(items):
+        raise RequestError(f"{len(items)} texts were given {len(names)} names")
+    return {"items": [_plain_item(item, index) for index, item in enumerate(items)], "names": names}
+
+
+def _plain_item(item: Any, index: int) -> Any:
+    if isinstance(item, _NUMBERS):
+        raise RequestError(f"prompt {index} is neither text nor token ids: {item!r}")
+    is_pair = isinstance(item, (tuple, list)) and len(item) == 2 and not any(isinstance(x, _NUMBERS) for x in item)
+    if not is_pair:
+        [plain] = _named(index, [item])
+        return plain
+    if isinstance(item[0], str) != isinstance(item[1], str):
+        raise RequestError(f"prompt {index}: context and continuation must both be text or both be token ids")
+    context, continuation = _named(index, list(item))
+    return {"context": context, "continuation": continuation}
+
+
+def _named(index: int, prompts: list) -> list:
+    """plain_prompts with errors that call all of `prompts` by `index`."""
+    try:
+        return plain_prompts(prompts)
+    except RequestError as error:
+        message = error.message.replace("prompt 0", f"prompt {index}").replace("prompt 1", f"prompt {index}", 1)
+        raise type(error)(message, hint=error.hint) from None
 
 
 def _plain_conversations(conversations: Any) -> list:

@@ -2,58 +2,56 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from cutp.array.device import DeviceRef, select_device
+from cutp.array.device import select_device
 from cutp.array.dtypes import compute_dtype, dtype_name
-from cutp.checkpoint.chat_template import ChatTemplate
-from cutp.checkpoint.checkpoint import Checkpoint
-from cutp.checkpoint.config import load_config
 from cutp.checkpoint.files import resolve_model
-from cutp.checkpoint.generation_config import load_generation_config
-from cutp.checkpoint.tokenizer import Tokenizer
-from cutp.comm.device_group import DeviceGroup
 from cutp.comm.launch import as_communicator
-from cutp.engine.core import EngineCore
-from cutp.engine.intake import Intake
-from cutp.engine.memory import check_weights_fit, plan_cache_pages
-from cutp.engine.outputs import GenerationOutput, ScoreOutput
-from cutp.engine.runner import ModelRunner
+from cutp.engine.calls import CLOSE, Call, Calls
+from cutp.engine.intake import Intake, read_generation, read_scoring
+from cutp.engine.loading import EngineOptions, LoadedModel, load_model, make_core
+from cutp.engine.memory import memory_report
+from cutp.engine.outputs import (
+    GenerationOutput,
+    HiddenStatesOutput,
+    PerplexityOutput,
+    ScoreOutput,
+    StreamEvent,
+)
+from cutp.engine.prompts import plain_prompts
+from cutp.engine.replicas import Replicas, check_tensor_parallel, split_replicas
 from cutp.engine.sampling_params import SamplingParams
-from cutp.engine.scheduler import Scheduler
-from cutp.errors import CapacityError, ClosedError, ConfigError
-from cutp.kv_cache.paged import PageAllocator, PagedKVCache
-from cutp.kv_cache.params import PAGE_SIZE
-from cutp.models.load import check_weights, load_weights
-from cutp.models.registry import find_family
-
-# Tokens of one forward pass, and requests that run at once. On the CPU larger passes gain nothing.
-MAX_BATCH_TOKENS = 512
-MAX_RUNNING = 64
-
-log = logging.getLogger("cutp")
+from cutp.engine.workload import Workload
+from cutp.errors import ClosedError, CommError, CutpError, RequestError
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Messages = Sequence[Mapping[str, Any]]
 
+# The batch of requests that are added one by one.
+_ADDED = 0
+
 
 class LLM:
-    """A model on all ranks of a communicator, tensor-parallel.
+    """A model on all ranks of a communicator: tensor-parallel groups of `tp` ranks, one replica of the model each.
 
     model: a directory in Hugging Face layout, a repository id in the local Hugging Face cache, or None for the
     bundled model. comm: None (the ranks the launcher started), an mpi4py communicator (which is duplicated) or a
-    `cutp.Communicator`. tp: the tensor-parallel size, which must be the size of the communicator. device: "auto",
-    "cpu" or "cuda". dtype: "float32", "bfloat16" or "float16", the dtype results are rounded to; default float32 on
-    the CPU. max_len: the longest request in tokens; default what the model was made for. progress: called on rank 0
-    as progress(bytes done, bytes in all) while weights are read.
+    `cutp.Communicator`. tp: ranks a replica (default: all ranks); it must divide their number. device: "auto", "cpu" or
+    "cuda". dtype: "float32", "bfloat16" or "float16", the dtype results are rounded to; default float32 on the CPU.
+    max_len: the longest request in tokens; default what the model was made for. progress: called on rank 0 as
+    progress(bytes done, bytes in all) while weights are read. options: see `EngineOptions`.
 
-    Construction and every method are collective: all ranks call them, in the same order. Rank 0's input counts, the
-    others pass None or the same; results are equal on all ranks. Use it as a context manager, or call `close()`.
+    Construction and every method that computes are collective: all ranks call them, in the same order. Rank 0's input
+    counts, the others pass None or the same; or they call `follow()` once, and then do what rank 0 calls. Results are
+    equal on all ranks. Use it as a context manager, or call `close()`.
 
     Raises CheckpointError (and its kinds) for the model, ConfigError for an option, CapacityError for memory,
     CommError for communication; the same error on every rank.
@@ -61,66 +59,43 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike | None = None, comm: Any = None, tp: int | None = None,
                  device: str = "auto", dtype: Any = None, max_len: int | None = None, *,
-                 progress: Callable[[int, int], None] | None = None):
-        self._core: EngineCore | None = None
-        self._under_way: Generator | None = None
+                 progress: Callable[[int, int], None] | None = None, **options: Any):
+        self._work: Workload | None = None
+        self._replicas: Replicas | None = None
+        # The stream under way, and the last one that was left before its end.
+        self._stream: int | None = None
+        self._left = 0
         self.comm, self._owns_comm = as_communicator(comm)
         try:
             with self.comm.host.agree("loading the model"):
-                self._load(model, tp, select_device(device), compute_dtype(dtype or "float32"), max_len, progress)
+                engine_options = EngineOptions.of(options)
+                path = resolve_model(model)
+                place, kind = select_device(device), compute_dtype(dtype or "float32")
+                check_tensor_parallel(self.comm.size, tp)
+            self._replicas = split_replicas(self.comm, tp)
+            with self.comm.host.agree("reading the weights"):
+                loaded = load_model(path, self._replicas, place, kind, max_len, progress if self.is_root else None)
             with self.comm.host.agree("taking memory for the cache"):
-                self._make_engine()
+                core = make_core(loaded, self._replicas, engine_options)
         except BaseException:
-            self.close()
+            self._free()
             raise
+        self._take(loaded, core)
 
-    def _load(self, model, tp: int | None, device: DeviceRef, dtype: np.dtype, max_len: int | None, progress) -> None:
-        size = self.comm.size
-        self.path = resolve_model(model)
-        config = load_config(self.path)
-        family = find_family(config)
-        sizes = family.sizes(config)
-        sizes.check_tensor_parallel(size if tp is None else tp)
-        if tp is not None and tp != size:
-            raise ConfigError(f"tp={tp}, but there are {size} ranks", hint=f"start {tp} ranks, or leave tp out")
-        self.max_len = _check_max_len(max_len, sizes.context_length)
-        self.dtype = dtype
-        self.tokenizer = Tokenizer.load(self.path)
-        defaults = load_generation_config(self.path, config)
-        if defaults.repetition_penalty not in (None, 1.0) and self.is_root:
-            log.warning("%s asks for repetition_penalty %s, which is not applied", self.path / "generation_config.json",
-                        defaults.repetition_penalty)
-        self._intake = Intake(self.comm, self.tokenizer, ChatTemplate.load(self.path), defaults, sizes.vocab_size,
-                              self.max_len)
-        self.model = family.build(config, DeviceGroup([device] * size, self.comm), dtype, PAGE_SIZE)
-        with Checkpoint(self.path) as checkpoint:
-            check_weights(self.model, checkpoint, family)
-            check_weights_fit(self.model, self.comm)
-            load_weights(self.model, checkpoint, family, self._progress(progress))
-
-    def _progress(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
-        if progress is None or not self.is_root:
-            return None
-        total = sum(weight.local_bytes for _, weight in self.model.named_weights())
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
-        return advance
-
-    def _make_engine(self) -> None:
-        params = self.model.kv_params
-        pages = plan_cache_pages(params, self.max_len, self.comm)
-        try:
-            cache = PagedKVCache.allocate(params, pages, self.comm.size, self.comm.rank)
-        except MemoryError:
-            raise CapacityError(f"there is no memory for a cache of {pages * params.page_size} tokens",
-                                hint="set a smaller max_len") from None
-        scheduler = Scheduler(PageAllocator(pages, params.page_size), MAX_BATCH_TOKENS, MAX_RUNNING)
-        self._core = EngineCore(ModelRunner(self.model, cache, self.comm), scheduler, self.comm)
+    def _take(self, loaded: LoadedModel, core) -> None:
+        self.path, self.model, self.tokenizer = loaded.path, loaded.model, loaded.tokenizer
+        self.max_len, self.dtype = loaded.max_len, loaded.dtype
+        self._intake = Intake(loaded.tokenizer, loaded.chat_template, loaded.defaults, loaded.model.vocab_size,
+                              loaded.max_len, len(loaded.model.layers), core.check_capacity)
+        self._work = Workload(core, self._replicas, loaded.tokenizer, loaded.defaults.eos_token_ids,
+                              loaded.share_prefix)
+        self._calls = Calls(self.comm, self._prepare)
+        self._handlers: dict[str, Callable[[Any], Any]] = {
+            "generate": self._work.generate, "stream": self._start_stream, "stream step": self._stream_step,
+            "add_request": self._add, "cancel": lambda key: self._work.cancel(_ADDED, key),
+            "step": lambda _: self._work.step(_ADDED), "score": self._score, "perplexity": self._perplexity,
+            "hidden_states": self._hidden_states,
+        }
 
     @property
     def is_root(self) -> bool:
@@ -129,16 +104,22 @@ class LLM:
 
     @property
     def tp(self) -> int:
-        """The tensor-parallel size."""
-        return self.comm.size
+        """Ranks a replica: the tensor-parallel size."""
+        return self._replicas.group.size
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas of the model run side by side."""
+        return self._replicas.count
 
     def generate(self, prompts: str | Sequence | None = None, params: Params = None) -> list[GenerationOutput]:
-        """Continues every prompt; all are processed together. Results come in the order of the prompts.
+        """Continues every prompt; all are processed together. Results come in the order of the prompts, the samples of
+        a prompt (`SamplingParams.n`) side by side.
 
         prompts: one prompt or a sequence; a prompt is text or token ids. params: one SamplingParams for all, or one
         each. Raises RequestError (on all ranks, before any work) for a prompt or parameter that cannot be served.
         """
-        return self._finished(self._stream(self._open().generation(prompts, params)))
+        return self._call("generate", lambda: read_generation(prompts, params), prompts is not None)
 
     def chat(self, conversations: Messages | Sequence[Messages] | None = None,
              params: Params = None) -> list[GenerationOutput]:
@@ -147,33 +128,145 @@ class LLM:
         A conversation is a list of {"role", "content"} messages. Raises RequestError as `generate` does, and when the
         model has no chat template.
         """
-        return self._finished(self._stream(self._open().chat(conversations, params)))
+        return self._call("generate", lambda: read_generation(conversations, params, chat=True),
+                          conversations is not None)
 
     def stream(self, prompts: str | Sequence | None = None, params: Params = None, *,
-               chat: bool = False) -> Iterator[tuple[int, str, GenerationOutput | None]]:
-        """`generate` (or `chat`) as it happens: yields (prompt index, new text, the result once it is complete).
+               chat: bool = False) -> Iterator[StreamEvent]:
+        """`generate` (or `chat`) as it happens: yields the events (prompt index, new text, the result once it is
+        complete, sample index) of all prompts.
 
-        Every rank must exhaust the iterator, or leave it at the same place: the next call of any method ends it. The
-        text is "" for a model without a tokenizer.
+        Every rank must exhaust the iterator, or leave it at the same place: the next call of any other method ends it.
+        The text is "" for a model without a tokenizer.
         """
-        intake = self._open()
-        return self._stream(intake.chat(prompts, params) if chat else intake.generation(prompts, params))
+        return self._events(self._call("stream", lambda: read_generation(prompts, params, chat), prompts is not None))
+
+    def add_request(self, prompt: Any = None, params: SamplingParams | None = None, *, request_id: Any = None,
+                    chat: bool = False, cache_salt: str = "") -> int | str:
+        """Adds one prompt to what `step` works on; returns its id, on every rank.
+
+        request_id: an integer or a string of your own that no unfinished request has; default: the next number.
+        cache_salt: requests share the cache of equal beginnings only under equal salts.
+        """
+        def read() -> dict:
+            _check_request_id(request_id)
+            if not isinstance(cache_salt, str):
+                raise RequestError(f"cache_salt must be a string, not {cache_salt!r}")
+            value = read_generation([prompt], params, chat)
+            return {**value, "id": request_id, "cache_salt": cache_salt}
+
+        return self._call("add_request", read, prompt is not None)
+
+    def step(self) -> list[StreamEvent]:
+        """Runs one forward pass for the requests that were added; what is new, with the id as `index`.
+
+        A request is done with the event that has an `output`. Without unfinished requests it returns at once.
+        """
+        return self._call("step")
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` still has events to bring; equal on all ranks."""
+        return self._opened().is_open(_ADDED)
+
+    def cancel(self, request_id: int | str | None = None) -> None:
+        """Ends a request that was added; its result so far, with finish_reason "cancelled", comes with the next `step`.
+
+        Raises RequestError when no unfinished request has this id.
+        """
+        def read() -> int | str:
+            _check_request_id(request_id)
+            return request_id
+
+        self._call("cancel", read, request_id is not None)
 
     def score(self, texts: str | Sequence | None = None, *, names: Sequence[str] | None = None) -> list[ScoreOutput]:
-        """The log-probability of every token of every text (or token-id sequence), given the tokens before it.
+        """The log-probability of every token of every text, given the tokens before it.
 
-        names: what errors call each text (default "prompt 0", ...). Raises RequestError (on all ranks, before any
-        work) for a text that cannot be scored.
+        texts: one or a sequence; each is text, token ids, or a pair (context, continuation) of these, of which only
+        the continuation is scored. names: what errors call each (default "prompt 0", ...). Raises RequestError (on all
+        ranks, before any work) for a text that cannot be scored.
         """
-        requests = self._open().scoring(texts, names)
-        for _ in self._run(requests):
-            pass
-        return [request.score_output() for request in requests]
+        return self._call("score", lambda: read_scoring(texts, names), texts is not None)
+
+    def perplexity(self, texts: str | Sequence | None = None, *, window: int | None = None) -> list[PerplexityOutput]:
+        """Scores texts of any length in rolling windows of `window` tokens (default max_len): see
+        `cutp.engine.windows.rolling_windows`. Text gets no special tokens but the one before its first window.
+        """
+        return self._call("perplexity", lambda: {"texts": plain_prompts(texts), "window": _plain(window)},
+                          texts is not None)
+
+    def hidden_states(self, prompts: str | Sequence | None = None, *, layers: Sequence[int] = (-1,),
+                      pool: str | None = None, gather: str = "all") -> list[HiddenStatesOutput]:
+        """Hidden states of every prompt, numbered as Hugging Face's `output_hidden_states`.
+
+        layers: 0 (embeddings) .. L (after the final norm), or negative from the end. pool: None for all tokens,
+        "last", "mean". gather: which ranks get the arrays: "all", "root" (rank 0), "none" (those that computed them).
+        """
+        def read() -> dict:
+            return {"prompts": plain_prompts(prompts), "layers": [_plain(layer) for layer in layers],
+                    "pool": _plain(pool), "gather": _plain(gather)}
+
+        return self._call("hidden_states", read, prompts is not None)
+
+    def embed(self, prompts: str | Sequence | None = None, *, layer: int = -1, pool: str = "mean",
+              normalize: bool = True) -> np.ndarray:
+        """One vector a prompt, float32 [prompts, dim]: the states of `layer`, pooled ("mean" or "last"), by default
+        scaled to length 1.
+        """
+        outputs = self.hidden_states(prompts, layers=[layer], pool=pool)
+        vectors = np.stack([output.array[0] for output in outputs]) if outputs else np.zeros((0, self.model.dim))
+        if normalize:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors.astype(np.float32)
+
+    def follow(self) -> None:
+        """For ranks other than 0: does whatever rank 0 calls, until rank 0 closes; then this object is closed too.
+
+        Rank 0 may take any time between its calls. What a call returns or refuses is known on rank 0 only.
+        """
+        self._opened()
+        while True:
+            try:
+                call = self._calls.wait()
+            except CommError:
+                raise
+            except CutpError:
+                continue  # rank 0 has the same error, and goes on
+            if call.name == CLOSE:
+                return self._free()
+            self._handle(call)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank's replica since it was made (`EngineStats`), with what runs and waits now."""
+        core = self._opened().core
+        return {**asdict(core.stats), "running": len(core.scheduler.running), "waiting": len(core.scheduler.waiting)}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes and tokens of this rank: weights, cache, pages in use; see `memory_report`."""
+        return memory_report(self._opened().core)
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Not collective. RequestError without a tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError("the model has no tokenizer.json")
+        return self.tokenizer.encode(text, add_special_tokens=special_tokens)
 
     def close(self) -> None:
-        """Frees the model and the duplicated communicator; safe to call twice."""
-        self._leave()
-        self._core = self.model = self._intake = None
+        """Frees the model and what this object made of the communicator; safe to call twice.
+
+        Collective, like all calls; ranks that follow are released.
+        """
+        if self._work is not None and not self.comm.closed:
+            # A rank that is gone, or that calls something else, finds out by itself; this one is done either way.
+            with contextlib.suppress(CutpError):
+                self._calls.begin(CLOSE)
+        self._free()
+
+    def _free(self) -> None:
+        self._work = self.model = self._intake = None
+        if self._replicas is not None:
+            self._replicas.close()
         if self._owns_comm:
             self.comm.close()
 
@@ -181,43 +274,105 @@ class LLM:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if error is None or (self._work is not None and self._calls.is_followed and not isinstance(error, CommError)):
+            self.close()
+            return
         if self._owns_comm:
             self.comm.__exit__(kind, error, traceback)  # tells the other ranks that this one is gone
-        self.close()
+        self._free()
 
     def __repr__(self) -> str:
         return f"LLM({str(self.path)!r}, tp={self.tp}, dtype={dtype_name(self.dtype)!r}, max_len={self.max_len})"
 
-    def _open(self) -> Intake:
-        if self._core is None:
+    # -- calls ---------------------------------------------------------------------------------------
+
+    def _opened(self) -> Workload:
+        if self._work is None:
             raise ClosedError("the LLM is closed")
-        return self._intake
+        return self._work
 
-    def _stream(self, requests) -> Iterator[tuple[int, str, GenerationOutput | None]]:
-        return ((request.index, piece, request.generation_output() if request.finish_reason else None)
-                for request, piece in self._run(requests))
+    def _call(self, name: str, read: Callable[[], Any] | None = None, given: bool = True) -> Any:
+        self._opened()
+        leave = self._stream is not None and name != "stream step"
+        return self._handle(self._calls.begin(name, read, given, leave=leave))
 
-    def _run(self, requests) -> Generator:
-        self._core.check_capacity(requests)
-        self._leave()
-        self._under_way = self._core.run(requests)
-        return self._under_way
+    def _handle(self, call: Call) -> Any:
+        if call.leave and self._stream is not None:
+            self._work.cancel(self._stream)
+            self._left, self._stream = self._stream, None
+        return self._handlers[call.name](call.value)
 
-    def _leave(self) -> None:
-        """Ends a stream that was not exhausted, so that its requests do not run on beside others."""
-        if self._under_way is not None:
-            self._under_way.close()
-            self._under_way = None
+    def _prepare(self, name: str, value: Any) -> Any:
+        """Rank 0's work on the input of a call."""
+        if name in ("generate", "stream"):
+            return self._intake.generation(value)
+        if name == "add_request":
+            [prepared] = self._intake.generation(value)
+            if value["id"] is not None and self._work.is_open(_ADDED, value["id"]):
+                raise RequestError(f"an unfinished request has the id {value['id']!r}")
+            return {**prepared, "id": value["id"], "cache_salt": value["cache_salt"]}
+        if name == "cancel":
+            if not self._work.is_open(_ADDED, value):
+                raise RequestError(f"no unfinished request has the id {value!r}")
+            return value
+        prepare = {"score": self._intake.scoring, "perplexity": self._intake.rolling,
+                   "hidden_states": self._intake.hidden_states}
+        return prepare[name](value)
 
-    @staticmethod
-    def _finished(events: Iterator[tuple[int, str, GenerationOutput | None]]) -> list[GenerationOutput]:
-        results = {index: result for index, _, result in events if result is not None}
-        return [results[index] for index in sorted(results)]
+    def _start_stream(self, prepared: list[dict]) -> int:
+        self._stream = self._work.start(prepared)
+        return self._stream
+
+    def _stream_step(self, _: Any) -> list[StreamEvent]:
+        events = self._work.step(self._stream)
+        if not self._work.is_open(self._stream):
+            self._stream = None
+        return events
+
+    def _events(self, batch: int) -> Generator[StreamEvent, None, None]:
+        while self._work is not None and self._stream == batch:
+            for event in self._call("stream step"):
+                if self._work is None or self._left == batch:
+                    return
+                yield event
+
+    def _add(self, prepared: dict) -> int | str:
+        key = self._work.next_key() if prepared["id"] is None else prepared["id"]
+        self._work.add(_ADDED, key, prepared)
+        return key
+
+    def _score(self, prepared: list[dict]) -> list[ScoreOutput]:
+        outputs = []
+        for index, (each, (logprobs, greedy)) in enumerate(zip(prepared, self._work.score(prepared), strict=True)):
+            ids, first = each["ids"], each["first"]
+            if each["pair"]:
+                values = tuple(ids[first:]), tuple(logprobs), tuple(greedy), tuple(ids[:first])
+            else:
+                values = tuple(ids), (None, *logprobs), (None, *greedy)
+            outputs.append(ScoreOutput(index, *values))
+        return outputs
+
+    def _perplexity(self, prepared: list[dict]) -> list[PerplexityOutput]:
+        scored = iter(self._work.score([window for text in prepared for window in text["windows"]]))
+        outputs = []
+        for index, text in enumerate(prepared):
+            values = [value for _ in text["windows"] for value in next(scored)[0]]
+            outputs.append(PerplexityOutput(index, math.fsum(values), len(values), text["bytes"]))
+        return outputs
+
+    def _hidden_states(self, prepared: dict) -> list[HiddenStatesOutput]:
+        arrays = self._work.hidden_states(prepared)
+        return [HiddenStatesOutput(index, tuple(ids), tuple(prepared["layers"]), array)
+                for index, (ids, array) in enumerate(zip(prepared["prompts"], arrays, strict=True))]
 
 
-def _check_max_len(max_len: int | None, context_length: int) -> int:
-    if max_len is None:
-        return context_length
-    if isinstance(max_len, bool) or not isinstance(max_len, int) or max_len < 1:
-        raise ConfigError(f"max_len must be a positive number of tokens, not {max_len!r}")
-    return max_len
+def _plain(value: Any) -> Any:
+    """`value` as JSON can carry it between the ranks, to be judged on rank 0."""
+    if isinstance(value, np.integer):
+        return int(value)
+    return value if isinstance(value, (int, str, type(None))) else repr(value)
+
+
+def _check_request_id(request_id: Any) -> None:
+    if request_id is not None and (isinstance(request_id, bool) or not isinstance(request_id, (int, str))):
+        raise RequestError(f"request_id must be an integer or a string, not {request_id!r}")

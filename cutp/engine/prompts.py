@@ -10,14 +10,18 @@ import numpy as np
 from cutp.engine.sampling_params import SamplingParams
 from cutp.errors import InvalidTokenError, PromptTooLongError, RequestError
 
+# DLPack's numbers for CUDA and CUDA managed memory.
+_GPU_KINDS = (2, 13)
+
 
 def plain_prompts(prompts: Any) -> list[str | list[int]]:
     """Prompts as strings and lists of ints, JSON-safe.
 
-    Accepts one prompt or a sequence of them; a prompt is a string or a sequence of token ids (list, tuple, NumPy array
-    or whatever NumPy turns into a one-dimensional integer array). Raises RequestError naming the prompt.
+    Accepts one prompt or a sequence of them; a prompt is a string or a sequence of token ids: a list, a tuple, or a
+    one-dimensional integer array of any library that exports it by DLPack or as a buffer. Raises RequestError naming
+    the prompt.
     """
-    if isinstance(prompts, str) or _is_ids(prompts):
+    if isinstance(prompts, str) or is_ids(prompts):
         prompts = [prompts]
     try:
         prompts = list(prompts)
@@ -50,19 +54,37 @@ def check_ids(ids: Sequence[int], name: str, vocab_size: int, max_len: int, room
                                  + (" with room for one more" if room else ""))
 
 
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim == 1 and value.dtype != object
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], (int, np.integer))
+def is_ids(value: Any) -> bool:
+    """Whether `value` is one sequence of token ids rather than a sequence of prompts."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and isinstance(value[0], (int, np.integer))
+    if isinstance(value, (str, bytes, bytearray)):
+        return False
+    try:
+        array = _as_array(value)
+    except Exception:  # whatever an array library says of what it cannot export
+        return False
+    return array.ndim == 1 and array.dtype.kind in "iuf"
 
 
 def _ids(prompt: Any, index: int) -> list[int]:
     try:
-        array = np.asarray(prompt)
-    except (TypeError, ValueError) as error:
+        array = _as_array(prompt)
+    except Exception as error:  # an array library's own kinds of errors
         raise RequestError(f"prompt {index} is neither text nor token ids: {error}") from None
     if array.size == 0:
         return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+    if array.ndim != 1 or array.dtype.kind not in "iu" or isinstance(prompt, (bytes, bytearray)):
         raise RequestError(f"prompt {index} is neither text nor a sequence of integer token ids")
     return array.tolist()
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """`value` as a NumPy array; arrays of other libraries come by DLPack, from a GPU by a copy to the host."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return np.asarray(value)
+    if value.__dlpack_device__()[0] in _GPU_KINDS:
+        from cutp.array.cuda import cupy
+
+        return cupy().from_dlpack(value).get()
+    return np.from_dlpack(value)

@@ -15,24 +15,31 @@ class TextStream:
         self._stop = tuple(stop)
         self._held = max((len(text) for text in self._stop), default=1) - 1
         self._emitted = 0
+        self._watch = True
         self.text = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Adds a token; returns the text that is now certain. `stopped` is set when a stop string appeared."""
+    def push(self, token_id: int, *, watch: bool = True) -> str:
+        """Adds a token; returns the text that is now certain. `stopped` is set when a stop string appeared.
+
+        watch: whether stop strings that this token completes end the text; one that is passed over stays in it.
+        """
+        self._watch = watch
         return self._extend(self._detokenizer.push(token_id), self._held)
 
     def finish(self) -> str:
-        """The rest of the text, once no token follows."""
+        """The rest of the text, once no token follows; it belongs to the last token."""
         if self.stopped:
             return ""
         return self._extend(self._detokenizer.flush(), 0)
 
     def _extend(self, piece: str, held: int) -> str:
-        # A stop string that ends in the new piece starts at most `_held` characters before it.
-        begin = max(0, len(self.text) - self._held)
+        old = len(self.text)
         self.text += piece
-        found = [at for at in (self.text.find(stop, begin) for stop in self._stop) if at >= 0]
+        # One that ends in the new piece; those that ended before it have ended the text, or were passed over.
+        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, old + 1 - len(stop)))) >= 0]
+        if not self._watch:
+            found = []
         if found:
             self.text = self.text[: min(found)]
             self.stopped = True

@@ -16,7 +16,7 @@ class PagedKVCache:
     """One device's pages.
 
     blocks: one array a layer, [P, 2, H_kv_local, S, D] (keys at index 0 of axis 1, values at index 1), so that one
-    head's page is one contiguous run.
+    head's page is one contiguous run. A latent cache has [P, 1, 1, S, D].
     """
 
     params: KVCacheParams
@@ -25,7 +25,7 @@ class PagedKVCache:
     @classmethod
     def allocate(cls, params: KVCacheParams, num_pages: int, size: int = 1, rank: int = 0) -> PagedKVCache:
         """A cache of `num_pages` pages for rank `rank` of `size`; the memory is not touched until it is used."""
-        shape = (num_pages, 2, params.local_kv_heads(size, rank), params.page_size, params.head_dim)
+        shape = (num_pages, params.planes, params.local_kv_heads(size, rank), params.page_size, params.head_dim)
         return cls(params, [np.empty(shape, params.dtype) for _ in range(params.num_layers)])
 
     @property

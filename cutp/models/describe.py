@@ -19,7 +19,8 @@ def describe_model(model: str | os.PathLike | None, tp: int = 1) -> dict[str, An
     """The facts of a model directory at tensor-parallel size `tp`, JSON-safe.
 
     Sizes are in bytes of the dtype that config.json names (float32 if none); `..._per_rank` lists hold one entry a
-    rank. The tensors are checked against config.json, so what this accepts can be loaded. Raises CheckpointError, or
+    rank. latent_dim: values of the one vector a token that heads share in the cache, None where it holds keys and
+    values. The tensors are checked against config.json, so what this accepts can be loaded. Raises CheckpointError, or
     ConfigError for a `tp` that does not fit.
     """
     path = resolve_model(model)
@@ -43,6 +44,7 @@ def describe_model(model: str | os.PathLike | None, tp: int = 1) -> dict[str, An
         "attention_heads": sizes.num_attention_heads,
         "key_value_heads": sizes.num_key_value_heads,
         "head_dim": sizes.head_dim,
+        "latent_dim": ranks[0].kv_params.head_dim if ranks[0].kv_params.latent else None,
         "vocab_size": sizes.vocab_size,
         "context_length": sizes.context_length,
         "rope_type": sizes.rope.rope_type,

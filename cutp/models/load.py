@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import numpy as np
+
 from cutp.checkpoint.checkpoint import Checkpoint
-from cutp.errors import CheckpointError, ShapeMismatchError, UnsupportedModelError
+from cutp.errors import CheckpointError
 from cutp.models.registry import ModelFamily
+from cutp.models.weight_source import WeightSource, WholeTensor
 from cutp.nn.module import Module
 
 log = logging.getLogger("cutp")
-
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def load_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily,
@@ -24,7 +25,10 @@ def load_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily,
     for module in model.modules():
         module.materialize()
     for name, weight in model.named_weights():
-        weight.store(checkpoint.read(family.checkpoint_name(name), weight.axis, weight.ranges))
+        if 0 in weight.local_shape:  # another rank has all of it
+            weight.store(np.empty(weight.local_shape, weight.dtype))
+        else:
+            weight.store(_source(family, name).read(checkpoint, weight))
         if progress is not None:
             progress(weight.local_bytes)
 
@@ -35,16 +39,15 @@ def check_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily) ->
     Every rank reads the same headers and finds the same fault. Raises MissingTensorError, ShapeMismatchError,
     UnsupportedModelError (a dtype), CheckpointError (a tensor that the layer it belongs to has no place for).
     """
-    wanted = {family.checkpoint_name(name): weight for name, weight in model.named_weights()}
-    for name, weight in wanted.items():
-        info = checkpoint.info(name)
-        if tuple(info.shape) != weight.shape:
-            raise ShapeMismatchError(f"tensor {name!r} in {checkpoint.directory} has shape {list(info.shape)}, "
-                                     f"config.json describes {list(weight.shape)}")
-        if info.dtype.name not in _FLOATS:
-            raise UnsupportedModelError(f"tensor {name!r} in {checkpoint.directory} holds {info.dtype.name} values; "
-                                        f"weights must be one of {', '.join(_FLOATS)}")
-    _check_leftovers(set(wanted), checkpoint, family)
+    wanted: set[str] = set()
+    for name, weight in model.named_weights():
+        wanted.update(_source(family, name).check(checkpoint, weight.shape))
+    _check_leftovers(wanted, checkpoint, family)
+
+
+def _source(family: ModelFamily, name: str) -> WeightSource:
+    found = family.checkpoint_name(name)
+    return WholeTensor(found) if isinstance(found, str) else found
 
 
 def _check_leftovers(wanted: set[str], checkpoint: Checkpoint, family: ModelFamily) -> None:
@@ -56,6 +59,13 @@ def _check_leftovers(wanted: set[str], checkpoint: Checkpoint, family: ModelFami
         if name.rpartition(".")[0] in layers:
             raise CheckpointError(f"{checkpoint.directory} holds tensor {name!r}, but config.json describes that layer "
                                   "without it", hint="compare config.json with the checkpoint")
+    # DeepSeek-V3 and others: layers for multi-token prediction, known by their `eh_proj`, guess further tokens from the
+    # model's result and do not change it.
+    prediction = tuple(name.removesuffix("eh_proj.weight") for name in leftover if name.endswith(".eh_proj.weight"))
+    if prediction:
+        log.info("%s: the layers for multi-token prediction (%s) are not used", checkpoint.directory,
+                 ", ".join(prefix.rstrip(".") for prefix in prediction))
+        leftover = [name for name in leftover if not name.startswith(prediction)]
     if leftover:
         log.warning("%s: %d tensors are not part of the model and were ignored: %s%s", checkpoint.directory,
                     len(leftover), ", ".join(leftover[:3]), ", ..." if len(leftover) > 3 else "")

@@ -100,6 +100,8 @@ def _parse(
             config.positive_int("max_position_embeddings") / values["original_max_position_embeddings"]
         )
         values["attention_factor"] = rope.non_negative_float("attention_factor", None)
+    if kind != "default":
+        values["mscale_all_dim"] = rope.non_negative_float("mscale_all_dim", None)
     if kind == "llama3":
         values["low_freq_factor"] = rope.positive_float("low_freq_factor")
         values["high_freq_factor"] = rope.positive_float("high_freq_factor")
@@ -110,7 +112,6 @@ def _parse(
         values["beta_fast"] = rope.non_negative_float("beta_fast", None) or None
         values["beta_slow"] = rope.non_negative_float("beta_slow", None) or None
         values["mscale"] = rope.non_negative_float("mscale", None)
-        values["mscale_all_dim"] = rope.non_negative_float("mscale_all_dim", None)
         values["truncate"] = rope.boolean("truncate", True)
     elif kind == "longrope":
         values["short_factor"] = rope.positive_floats("short_factor")

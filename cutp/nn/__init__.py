@@ -52,10 +52,10 @@ from cutp.nn.distributed_transformer import (
     take,
 )
 from cutp.nn.embedding import Embedding, VocabParallelEmbedding
-from cutp.nn.linear import ColumnParallelLinear, Linear, StackedLinear
+from cutp.nn.linear import ColumnParallelLinear, FusedLinear, Linear, StackedLinear
 from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, ShardableModule, Weight
-from cutp.nn.norm import LayerNorm, RMSNorm
+from cutp.nn.norm import LayerNorm, RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.return_hidden_states import ReturnHiddenStates
 from cutp.nn.return_logits import ReturnLogits
@@ -73,6 +73,7 @@ __all__ = [
     "DistributedTransformerBlock",
     "Embedding",
     "EvenSegment",
+    "FusedLinear",
     "HeadSegment",
     "KVCacheParams",
     "LayerNorm",
@@ -89,6 +90,7 @@ __all__ = [
     "Shardable",
     "ShardableCallable",
     "ShardableModule",
+    "ShardedRMSNorm",
     "ShardingStrategy",
     "StackedLinear",
     "TensorParallelAttentionWithRope",

@@ -13,10 +13,10 @@ from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.distributed_gemm import DistributedGemmConfig, matmul_allreduce
 from cutp.nn.linear import Linear, qkv_linear
 from cutp.nn.module import Module, ShardableModule, Weight, sharded
-from cutp.nn.norm import RMSNorm
+from cutp.nn.norm import RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.rotary_embedding import RotaryEmbedding
-from cutp.nn.sharding import HeadSegment, ShardingStrategy
+from cutp.nn.sharding import HeadSegment, ShardingStrategy, qkv_segments
 from cutp.ops.attention import paged_attention
 from cutp.ops.kv_write import kv_write
 from cutp.ops.rotary import apply_rotary
@@ -26,10 +26,13 @@ class AttentionWithRope(ShardableModule):
     """softmax(scale * rope(q) rope(k)^T) v, projected back; one device's heads.
 
     rope: positions, or None for a layer without them. n_kv_heads: each serves n_heads / n_kv_heads query heads.
-    has_bias, has_output_bias: biases of the q/k/v and of the output projection. qk_norm_eps: RMS-normalises every
-    query and key head before the rotation (weights `q_norm`, `k_norm`). clip_qkv: clamps the projected queries, keys
-    and values to [-clip, clip] (`Linear(clip_weight=...)` clamps a weight instead). scale: default 1 / sqrt(head_dim).
-    window, softcap, has_sinks: see `cutp.ops.attention.paged_attention`. ConfigError for sizes that do not fit.
+    has_bias, has_output_bias: biases of the q/k/v and of the output projection (the second follows the first by
+    default). fused_qkv: the three projections are one weight, `qkv_proj`. qk_norm_eps: RMS-normalises queries and keys
+    before the rotation (weights `q_norm`, `k_norm`), every head by itself or, with qk_norm_over_projection, all heads
+    of all ranks as one vector (Olmo2); qk_norm_offset, qk_norm_multiply_before_cast: as in `RMSNorm`. clip_qkv: clamps
+    the projected queries, keys and values to [-clip, clip] (`Linear(clip_weight=...)` clamps a weight instead). scale:
+    default 1 / sqrt(head_dim). window, softcap, has_sinks: see `cutp.ops.attention.paged_attention`. ConfigError for
+    sizes that do not fit.
 
     Accepts the strategies replicate and tensor_parallel; under the second a shard has whole heads and its result is
     a partial sum over ranks.
@@ -37,8 +40,10 @@ class AttentionWithRope(ShardableModule):
 
     def __init__(self, hidden_dim: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: np.dtype,
                  rope: RotaryEmbedding | None, *, has_bias: bool = False, has_output_bias: bool | None = None,
-                 qk_norm_eps: float | None = None, clip_qkv: float | None = None, scale: float | None = None,
-                 window: int | None = None, softcap: float | None = None, has_sinks: bool = False):
+                 fused_qkv: bool = False, qk_norm_eps: float | None = None, qk_norm_over_projection: bool = False,
+                 qk_norm_offset: float = 0.0, qk_norm_multiply_before_cast: bool = False,
+                 clip_qkv: float | None = None, scale: float | None = None, window: int | None = None,
+                 softcap: float | None = None, has_sinks: bool = False):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ConfigError(f"{n_heads} query heads cannot share {n_kv_heads} key-value heads evenly")
         if rope is not None and rope.dim != head_dim:
@@ -50,31 +55,53 @@ class AttentionWithRope(ShardableModule):
         if window is not None and window < 1:
             raise ConfigError(f"an attention window of {window} tokens would leave nothing to attend to")
         self.window, self.softcap = window, softcap
-        self.qkv_proj = qkv_linear(hidden_dim, n_heads, n_kv_heads, head_dim, dtype, has_bias=has_bias)
+        self.qkv_proj = qkv_linear(hidden_dim, n_heads, n_kv_heads, head_dim, dtype, has_bias=has_bias, fused=fused_qkv)
         output_bias = has_bias if has_output_bias is None else has_output_bias
         self.o_proj = Linear(n_heads * head_dim, hidden_dim, dtype, has_bias=output_bias)
         self.q_norm = self.k_norm = None
+        self.norm_over_projection = qk_norm_eps is not None and qk_norm_over_projection
+        # Whether this shard's keys count in the mean square: those of a replicated head count on one rank.
+        self._counts_keys = True
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_dim, dtype, qk_norm_eps, multiply_before_cast=False)
-            self.k_norm = RMSNorm(head_dim, dtype, qk_norm_eps, multiply_before_cast=False)
+            norm = ShardedRMSNorm if qk_norm_over_projection else RMSNorm
+            self.q_norm, self.k_norm = (
+                norm(head_dim * (heads if qk_norm_over_projection else 1), dtype, qk_norm_eps, qk_norm_offset,
+                     qk_norm_multiply_before_cast) for heads in (n_heads, n_kv_heads))
         self.sinks = Weight((n_heads,), dtype) if has_sinks else None
 
     def __call__(self, layer_idx: int, x: np.ndarray, cache: PagedKVCache, batch: RaggedBatch) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; writes the new keys and values into layer `layer_idx` of `cache`."""
-        return self.o_proj(self.attended(layer_idx, x, cache, batch))
+        return self.o_proj(self.attended(layer_idx, self.projected(x), cache, batch))
 
-    def attended(self, layer_idx: int, x: np.ndarray, cache: PagedKVCache, batch: RaggedBatch) -> np.ndarray:
-        """The input of o_proj: [T, heads of this shard * head_dim]."""
+    def projected(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries, keys and values of this shard's heads, [T, heads * head_dim] each, before norm and rotation."""
         qkv = self.qkv_proj(x)
         if self.clip_qkv is not None:
             # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
             qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv).astype(x.dtype, copy=False)
-        q, k, v = (part.reshape(len(x), part.shape[1] // self.head_dim, self.head_dim)
-                   for part in np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1))
-        if self.q_norm is not None:
+        q, k, v = np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1)
+        return q, k, v
+
+    def square_sums(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """What this shard adds to the sums of squares of all queries and all keys of a token, float32 [T, 2]."""
+        k_sum = self.k_norm.square_sum(k)
+        return np.concatenate([self.q_norm.square_sum(q), k_sum if self._counts_keys else np.zeros_like(k_sum)], axis=1)
+
+    def attended(self, layer_idx: int, qkv: tuple[np.ndarray, np.ndarray, np.ndarray], cache: PagedKVCache,
+                 batch: RaggedBatch, square_sums: np.ndarray | None = None) -> np.ndarray:
+        """The input of o_proj, [T, heads of this shard * head_dim], from the result of `projected`.
+
+        square_sums: with a norm over the projection, those of all ranks together; one rank alone needs none.
+        """
+        q, k, v = qkv
+        if self.norm_over_projection:
+            q_sum, k_sum = (None, None) if square_sums is None else (square_sums[:, :1], square_sums[:, 1:])
+            q, k = self.q_norm(q, q_sum), self.k_norm(k, k_sum)
+        q, k, v = (part.reshape(len(q), part.shape[1] // self.head_dim, self.head_dim) for part in (q, k, v))
+        if self.q_norm is not None and not self.norm_over_projection:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            cos, sin = batch.rotary(self.rope, x.dtype)
+            cos, sin = batch.rotary(self.rope, q.dtype)
             q = apply_rotary(q, cos, sin, interleaved=self.rope.interleaved)
             k = apply_rotary(k, cos, sin, interleaved=self.rope.interleaved)
         pages = cache.blocks[layer_idx]
@@ -82,7 +109,7 @@ class AttentionWithRope(ShardableModule):
         y = paged_attention(q, pages, batch.lookup_table, batch.input_row_offsets, batch.cache_lengths, self.scale,
                             window=self.window, softcap=self.softcap,
                             sinks=None if self.sinks is None else self.sinks.value)
-        return y.reshape(len(x), self.n_heads * self.head_dim)
+        return y.reshape(len(y), self.n_heads * self.head_dim)
 
     def signature(self) -> dict[str, object]:
         rope = self.rope
@@ -96,17 +123,20 @@ class AttentionWithRope(ShardableModule):
         part = self._copy()
         size = strategy.num_devices
         part.qkv_proj = self.qkv_proj._shard(strategy, rank)
-        whole = ShardingStrategy.replicate(size)
-        if strategy.is_replicate:
-            columns = heads = whole
-        else:
+        columns = heads = q_channels = k_channels = ShardingStrategy.replicate(size)
+        if not strategy.is_replicate:
             share = split_heads(self.n_heads, self.n_kv_heads, size, rank)
             part.n_heads, part.n_kv_heads = share.n_heads, share.n_kv_heads
             columns = ShardingStrategy.head_aware_columnwise(size, self.n_heads, self.head_dim, self.n_kv_heads)
             heads = ShardingStrategy.segmented(size, 0, [HeadSegment(self.n_heads, 1, self.n_kv_heads)])
+            if self.norm_over_projection:
+                q_channels, k_channels, _ = (ShardingStrategy.segmented(size, 0, [segment]) for segment in
+                                             qkv_segments(self.n_heads, self.head_dim, self.n_kv_heads))
+                before = split_heads(self.n_heads, self.n_kv_heads, size, rank - 1).kv_start if rank else None
+                part._counts_keys = share.kv_start != before
         part.o_proj = self.o_proj._shard(columns, rank)
         if self.q_norm is not None:
-            part.q_norm, part.k_norm = self.q_norm._shard(whole, rank), self.k_norm._shard(whole, rank)
+            part.q_norm, part.k_norm = self.q_norm._shard(q_channels, rank), self.k_norm._shard(k_channels, rank)
         if self.sinks is not None:
             part.sinks = self.sinks.share(heads, rank)
         return part
@@ -128,9 +158,19 @@ class TensorParallelAttentionWithRope(Module):
     def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
                  batch: RaggedBatch) -> list[np.ndarray]:
         """One [T, hidden] a local device -> the same."""
-        attended = [shard.attended(layer_idx, x, cache, batch)
-                    for shard, x, cache in zip(self.shards, xs, caches, strict=True)]
+        attended = self.attended(layer_idx, xs, caches, batch)
         projections = [shard.o_proj for shard in self.shards]
         if self.overlap_o_proj:
             return matmul_allreduce(projections, attended, self.group)
         return self.group.all_reduce([project(x) for project, x in zip(projections, attended, strict=True)])
+
+    def attended(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
+                 batch: RaggedBatch) -> list[np.ndarray]:
+        """The input of each local shard's o_proj, whose results are partial sums over the group."""
+        projected = [shard.projected(x) for shard, x in zip(self.shards, xs, strict=True)]
+        sums = [None] * len(projected)
+        if self.shards[0].norm_over_projection:
+            sums = self.group.all_reduce([shard.square_sums(q, k)
+                                          for shard, (q, k, _) in zip(self.shards, projected, strict=True)])
+        return [shard.attended(layer_idx, qkv, cache, batch, total)
+                for shard, qkv, cache, total in zip(self.shards, projected, caches, sums, strict=True)]

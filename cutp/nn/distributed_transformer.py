@@ -16,9 +16,10 @@ from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.kv_cache.params import KVCacheParams
+from cutp.nn.attention import TensorParallelAttentionWithRope
 from cutp.nn.distributed_gemm import DistributedGemmConfig, matmul_allreduce
 from cutp.nn.embedding import VocabParallelEmbedding
-from cutp.nn.linear import ColumnParallelLinear
+from cutp.nn.linear import ColumnParallelLinear, Linear
 from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, Shards, sharded
 from cutp.nn.ragged_batch import RaggedBatch
@@ -58,35 +59,77 @@ def forward_sharded_layers(layers: Sequence[Callable[[np.ndarray], np.ndarray]],
 
 
 class DistributedTransformerBlock(Module):
-    """h = x + attention(norm(x)); h + mlp(norm(h)): pre-norm, two all-reduces.
+    """h = x + attention(norm(x)); h + mlp(norm(h)): pre-norm, two all-reduces. Every norm is optional.
 
-    attention: a parallel attention layer, whose result is already summed over the group. mlp: sharded here by
-    tensor_parallel; its partial sums are all-reduced here. attention_norm, mlp_norm: replicated here. devices: the
-    group. distributed_gemm_config: with `enable_matmul_allreduce`, the mlp must be an `MLP`: its down projection is
-    split into chunks of rows whose sums overlap the next chunk. residual_multiplier: both branches are multiplied by it
-    before they are added (Granite).
+    attention: a parallel attention layer, called as `attention(layer_idx, xs, caches, batch)`, whose result is already
+    summed over the group. mlp: sharded here, by expert_parallel if it has a true attribute of this name, else by
+    tensor_parallel; its partial sums are all-reduced here. attention_norm, mlp_norm: before each branch, replicated
+    here; None for none. devices: the group. distributed_gemm_config: with `enable_matmul_allreduce`, the mlp must be an
+    `MLP`: its down projection is split into chunks of rows whose sums overlap the next chunk. residual_multiplier: both
+    branches are multiplied by it before they are added (Granite). post_attention_norm, post_mlp_norm: applied to the
+    summed result of a branch before it is added (Olmo2 with these alone, Gemma2 and Glm4 with all four).
+
+    parallel: x + attention(norm(x)) + mlp(norm(x)), with `attention_norm` as the one norm and the sum of both branches
+    in one all-reduce (Cohere2); the attention must be a `TensorParallelAttentionWithRope`.
+
+    The weights' names are those of Llama and Glm4: `input_layernorm` (attention_norm), `post_self_attn_layernorm`
+    (post_attention_norm), `post_attention_layernorm` (mlp_norm), `post_mlp_layernorm` (post_mlp_norm).
     """
 
-    def __init__(self, attention: Module, mlp: ShardableCallable, attention_norm: ShardableCallable,
-                 mlp_norm: ShardableCallable, devices, distributed_gemm_config: DistributedGemmConfig | None = None, *,
-                 residual_multiplier: float = 1.0):
+    def __init__(self, attention: Module, mlp: ShardableCallable, attention_norm: ShardableCallable | None,
+                 mlp_norm: ShardableCallable | None, devices,
+                 distributed_gemm_config: DistributedGemmConfig | None = None, *, residual_multiplier: float = 1.0,
+                 post_attention_norm: ShardableCallable | None = None, post_mlp_norm: ShardableCallable | None = None,
+                 parallel: bool = False):
         self.group = DeviceGroup.of(devices)
         size = self.group.size
+
+        def replicated(norm: ShardableCallable | None) -> Shards | None:
+            return None if norm is None else sharded(norm, ShardingStrategy.replicate(size), self.group)
+
+        whole_experts = getattr(mlp, "expert_parallel", False)
+        strategy = ShardingStrategy.expert_parallel if whole_experts else ShardingStrategy.tensor_parallel
         self.self_attn = attention
-        self.mlp: Shards = sharded(mlp, ShardingStrategy.tensor_parallel(size), self.group)
-        self.input_layernorm: Shards = sharded(attention_norm, ShardingStrategy.replicate(size), self.group)
-        self.post_attention_layernorm: Shards = sharded(mlp_norm, ShardingStrategy.replicate(size), self.group)
+        self.mlp: Shards = sharded(mlp, strategy(size), self.group)
+        self.input_layernorm = replicated(attention_norm)
+        self.post_self_attn_layernorm = replicated(post_attention_norm)
+        self.post_attention_layernorm = replicated(mlp_norm)
+        self.post_mlp_layernorm = replicated(post_mlp_norm)
         self.residual_multiplier = residual_multiplier
+        self.parallel = parallel
         self.overlap_down_proj = bool(distributed_gemm_config and distributed_gemm_config.enable_matmul_allreduce)
         if self.overlap_down_proj and not isinstance(mlp, MLP):
             raise ConfigError(f"enable_matmul_allreduce needs an MLP, not a {type(mlp).__name__}")
+        if parallel and not isinstance(attention, TensorParallelAttentionWithRope):
+            raise ConfigError(f"a parallel block needs a TensorParallelAttentionWithRope, not a "
+                              f"{type(attention).__name__}")
+        if parallel and not mlp_norm is post_attention_norm is post_mlp_norm is None:
+            raise ConfigError("a parallel block has no norm but attention_norm",
+                              hint="leave mlp_norm, post_attention_norm and post_mlp_norm None")
 
     def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
                  batch: RaggedBatch) -> list[np.ndarray]:
         """One residual stream [T, dim] a local device -> the same, after this block; fills layer `layer_idx`."""
-        attended = self.self_attn(layer_idx, forward_sharded_layers(self.input_layernorm, xs), caches, batch)
-        hs = self._add(xs, attended)
-        return self._add(hs, self._feed_forward(forward_sharded_layers(self.post_attention_layernorm, hs)))
+        normed = _normed(self.input_layernorm, xs)
+        if self.parallel:
+            return self._add(xs, self._both(layer_idx, normed, caches, batch))
+        attended = self.self_attn(layer_idx, normed, caches, batch)
+        hs = self._add(xs, _normed(self.post_self_attn_layernorm, attended))
+        fed = self._feed_forward(_normed(self.post_attention_layernorm, hs))
+        return self._add(hs, _normed(self.post_mlp_layernorm, fed))
+
+    def _both(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
+              batch: RaggedBatch) -> list[np.ndarray]:
+        """attention(x) + mlp(x): the partial sums of both are added before they are reduced."""
+        attended = self.self_attn.attended(layer_idx, xs, caches, batch)
+        projections = [shard.o_proj for shard in self.self_attn.shards]
+        if not self.overlap_down_proj:
+            partial = forward_sharded_layers(projections, attended)
+            return self.group.all_reduce(_sums(partial, forward_sharded_layers(self.mlp, xs)))
+        activated = forward_sharded_layers([mlp.activated for mlp in self.mlp], xs)
+        layers = [_side_by_side(o_proj, mlp.down_proj) for o_proj, mlp in zip(projections, self.mlp, strict=True)]
+        joined = [np.concatenate(pair, axis=1) for pair in zip(attended, activated, strict=True)]
+        return matmul_allreduce(layers, joined, self.group)
 
     def _feed_forward(self, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
         if not self.overlap_down_proj:
@@ -95,7 +138,20 @@ class DistributedTransformerBlock(Module):
         return matmul_allreduce([mlp.down_proj for mlp in self.mlp], activated, self.group)
 
     def _add(self, xs: Sequence[np.ndarray], ys: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [residual_add(x, y, self.residual_multiplier) for x, y in zip(xs, ys, strict=True)]
+        return _sums(xs, ys, self.residual_multiplier)
+
+
+def _normed(norm: Shards | None, xs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return xs if norm is None else forward_sharded_layers(norm, xs)
+
+
+def _sums(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], multiplier: float = 1.0) -> list[np.ndarray]:
+    return [residual_add(x, y, multiplier) for x, y in zip(xs, ys, strict=True)]
+
+
+def _side_by_side(first: Linear, second: Linear) -> Callable[[np.ndarray], np.ndarray]:
+    """first(a) + second(b) of the rows [a, b]."""
+    return lambda x: residual_add(first(x[:, : first.in_dim]), second(x[:, first.in_dim :]))
 
 
 class DistributedTransformer(Module):
@@ -169,15 +225,15 @@ class DistributedTransformer(Module):
         """
         mode, return_n_logits = self.return_logits, int(np.asarray(return_n_logits).item())
         rows = logit_rows(mode, batch.input_row_offsets, return_n_logits)
-        selected: list[np.ndarray] = []
-        hs = self.hidden_states(batch, caches, selected)
+        streams = dict.fromkeys(index + 1 for index in self.hidden_state_layers)
+        hs = self.hidden_states(batch, caches, streams)
         if self.return_hidden_states is ReturnHiddenStates.ALL_NORMALIZED:
-            hs = forward_sharded_layers(self.norm, hs)
+            hs = self.normed(hs)
             local = self._head([h[rows] for h in hs])
         else:
             local = self.local_logits(hs, rows)
         logits = self.group.all_gather(local, axis=-1)[0]
-        hidden = self._hidden_result(hs[0], selected, batch)
+        hidden = self._hidden_result(hs[0], [streams[index + 1] for index in self.hidden_state_layers], batch)
         if mode is ReturnLogits.LAST_TOKEN:
             return (logits, *hidden)
         offsets = batch.input_row_offsets
@@ -186,21 +242,21 @@ class DistributedTransformer(Module):
         return (logits[offsets[1:] - 1], logits, offsets, *hidden)
 
     def hidden_states(self, batch: RaggedBatch, caches: Sequence[PagedKVCache],
-                      selected: list[np.ndarray] | None = None) -> list[np.ndarray]:
+                      streams: dict[int, np.ndarray | None] | None = None) -> list[np.ndarray]:
         """The residual stream after the last block, before the final norm: one [T, dim] a local device.
 
-        Appends the residual stream after each of `hidden_state_layers`, in that order, to `selected`.
+        streams: its keys name residual streams that are wanted, 0 for the embeddings and i for what comes out of the
+        i-th block, counted from 1; they become its values, [T, dim] each.
         """
         self._check_caches(batch, caches)
         hs = [scale(h, self.embedding_multiplier) for h in self.embed_tokens(batch.tokens)]
-        after: dict[int, np.ndarray] = {}
+        if streams is not None and 0 in streams:
+            streams[0] = hs[0]
         for run in self.layer_runs:
             for layer_idx in range(run.start, run.stop):
                 hs = self.layers[layer_idx](layer_idx, hs, caches, batch)
-                if layer_idx in self.hidden_state_layers:
-                    after[layer_idx] = hs[0]
-        if selected is not None:
-            selected.extend(after[index] for index in self.hidden_state_layers)
+                if streams is not None and layer_idx + 1 in streams:
+                    streams[layer_idx + 1] = hs[0]
         return hs
 
     def _check_caches(self, batch: RaggedBatch, caches: Sequence[PagedKVCache]) -> None:
@@ -213,7 +269,11 @@ class DistributedTransformer(Module):
 
     def local_logits(self, hs: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
         """Each local device's slice of the logits of `rows`, float32 [R, V_local], scaled and capped, not gathered."""
-        return self._head(forward_sharded_layers(self.norm, [h[rows] for h in hs]))
+        return self._head(self.normed([h[rows] for h in hs]))
+
+    def normed(self, hs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The final norm of one residual stream a local device."""
+        return forward_sharded_layers(self.norm, hs)
 
     def _hidden_result(self, h: np.ndarray, selected: list[np.ndarray], batch: RaggedBatch) -> tuple:
         """What `return_hidden_states` adds to the result, from the hidden states of all tokens, [T, dim]."""

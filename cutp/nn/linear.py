@@ -9,7 +9,7 @@ import numpy as np
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.nn.module import Module, ShardableModule, Shards, Weight, sharded
-from cutp.nn.sharding import EvenSegment, FirstRankSegment, Segment, ShardingStrategy, qkv_segments
+from cutp.nn.sharding import EvenSegment, OwnerSegment, Segment, ShardingStrategy, qkv_segments
 from cutp.ops.linear import linear
 
 
@@ -43,7 +43,7 @@ class Linear(ShardableModule):
         part.out_dim, part.in_dim = part.weight.local_shape
         if self.bias is not None:
             if strategy.axis == 1:
-                strategy = ShardingStrategy.segmented(strategy.num_devices, 0, [FirstRankSegment(self.out_dim)])
+                strategy = ShardingStrategy.segmented(strategy.num_devices, 0, [OwnerSegment(self.out_dim)])
             part.bias = self.bias.share(strategy, rank)
         return part
 
@@ -77,9 +77,9 @@ class StackedLinear(ShardableModule):
 
     def materialize(self) -> None:
         """Makes the stacked buffer; weights that already have data move into it."""
-        self._weight = _stack([part.weight for part in self.parts])
+        self._weight = stack_weights([part.weight for part in self.parts])
         if self.parts[0].bias is not None:
-            self._bias = _stack([part.bias for part in self.parts])
+            self._bias = stack_weights([part.bias for part in self.parts])
 
     def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """x [T, in] -> [T, sum of out_dims], the outputs of the matrices side by side."""
@@ -99,7 +99,36 @@ class StackedLinear(ShardableModule):
         return part
 
 
-def _stack(weights: Sequence[Weight]) -> np.ndarray:
+class FusedLinear(Linear):
+    """Several matrices with the same input whose checkpoint holds them as one, each divided among ranks by itself.
+
+    What `StackedLinear` computes, with one `weight` (and `bias`) under this layer's own name. segments: the runs of
+    rows, one a matrix. Accepts the strategies replicate and tensor_parallel.
+    """
+
+    def __init__(self, in_dim: int, segments: Sequence[Segment], dtype: np.dtype, *, has_bias: bool = False):
+        super().__init__(in_dim, sum(segment.length for segment in segments), dtype, has_bias=has_bias)
+        self.segments = tuple(segments)
+
+    @property
+    def out_dims(self) -> list[int]:
+        """Rows of each matrix that this shard holds."""
+        ranges = self.weight.ranges
+        return [segment.length for segment in self.segments] if ranges is None else [b - a for a, b in ranges]
+
+    def signature(self) -> dict[str, object]:
+        return {**super().signature(), "segments": self.segments}
+
+    def _accepts(self, strategy: ShardingStrategy) -> bool:
+        return strategy.kind in ("replicate", "tensor_parallel")
+
+    def _shard(self, strategy: ShardingStrategy, rank: int) -> FusedLinear:
+        own = strategy if strategy.is_replicate else ShardingStrategy.segmented(strategy.num_devices, 0, self.segments)
+        return super()._shard(own, rank)
+
+
+def stack_weights(weights: Sequence[Weight]) -> np.ndarray:
+    """One buffer with the shares of `weights` on top of each other; each weight's data becomes its part of it."""
     rows = [weight.local_shape[0] for weight in weights]
     buffer = np.empty((sum(rows), *weights[0].local_shape[1:]), np.float32)
     for weight, view in zip(weights, np.split(buffer, np.cumsum(rows)[:-1]), strict=True):
@@ -110,15 +139,24 @@ def _stack(weights: Sequence[Weight]) -> np.ndarray:
 
 
 def qkv_linear(in_dim: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: np.dtype, *,
-               has_bias: bool = False) -> StackedLinear:
-    """Query, key and value projections as one layer, divided by whole heads (key-value heads replicate)."""
-    return StackedLinear(in_dim, ("q_proj", "k_proj", "v_proj"), qkv_segments(n_heads, head_dim, n_kv_heads), dtype,
-                         has_bias=has_bias)
+               has_bias: bool = False, fused: bool = False) -> StackedLinear | FusedLinear:
+    """Query, key and value projections as one layer, divided by whole heads (key-value heads replicate).
+
+    fused: the checkpoint has one weight for all three.
+    """
+    segments = qkv_segments(n_heads, head_dim, n_kv_heads)
+    if fused:
+        return FusedLinear(in_dim, segments, dtype, has_bias=has_bias)
+    return StackedLinear(in_dim, ("q_proj", "k_proj", "v_proj"), segments, dtype, has_bias=has_bias)
 
 
-def gate_up_linear(in_dim: int, width: int, dtype: np.dtype, *, has_bias: bool = False) -> StackedLinear:
-    """Gate and up projections as one layer, each divided by itself."""
-    return StackedLinear(in_dim, ("gate_proj", "up_proj"), [EvenSegment(width)] * 2, dtype, has_bias=has_bias)
+def gate_up_linear(in_dim: int, width: int, dtype: np.dtype, *, has_bias: bool = False,
+                   fused: bool = False) -> StackedLinear | FusedLinear:
+    """Gate and up projections as one layer, each divided by itself. fused: the checkpoint has one weight for both."""
+    segments = [EvenSegment(width)] * 2
+    if fused:
+        return FusedLinear(in_dim, segments, dtype, has_bias=has_bias)
+    return StackedLinear(in_dim, ("gate_proj", "up_proj"), segments, dtype, has_bias=has_bias)
 
 
 class ColumnParallelLinear(Module):

@@ -14,14 +14,15 @@ class MLP(ShardableModule):
     """down_proj(act(gate_proj(x)) * up_proj(x)).
 
     Under tensor parallelism gate and up are divided by output and down by input, so a shard's result is a partial
-    sum over ranks. Accepts the strategies replicate and tensor_parallel.
+    sum over ranks. Accepts the strategies replicate and tensor_parallel. swiglu_limit: see
+    `cutp.ops.activation.gated_activation`. fused: gate and up are one weight, `gate_up_proj`.
     """
 
     def __init__(self, hidden_dim: int, feed_forward_length: int, dtype: np.dtype, *, activation: str = "silu",
-                 has_bias: bool = False, swiglu_limit: float | None = None):
+                 has_bias: bool = False, swiglu_limit: float | None = None, fused: bool = False):
         self.activation = activation_name(activation)
         self.swiglu_limit = swiglu_limit
-        self.gate_up_proj = gate_up_linear(hidden_dim, feed_forward_length, dtype, has_bias=has_bias)
+        self.gate_up_proj = gate_up_linear(hidden_dim, feed_forward_length, dtype, has_bias=has_bias, fused=fused)
         self.down_proj = Linear(feed_forward_length, hidden_dim, dtype, has_bias=has_bias)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Normalisation layers. They are replicated on every rank."""
+"""Normalisation layers. They are replicated on every rank, but for `ShardedRMSNorm`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from cutp.errors import ConfigError
 from cutp.nn.module import ShardableModule, Weight
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.rms_norm import layer_norm, rms_norm
+from cutp.ops.rms_norm import layer_norm, rms_norm, square_sum
 
 
 class _Norm(ShardableModule):
@@ -48,6 +48,41 @@ class RMSNorm(_Norm):
         self._check(x)
         return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
                         multiply_before_cast=self.multiply_before_cast)
+
+
+class ShardedRMSNorm(RMSNorm):
+    """An `RMSNorm` over channels that are divided among ranks: the mean square is that of all of them (Olmo2).
+
+    Accepts replicate and the strategies of axis 0. A shard normalises its own channels, once it is told the sum of
+    squares over all ranks; `square_sum` is what it adds to that sum.
+    """
+
+    def __call__(self, x: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
+        """x [T, channels of this shard] -> the same shape and dtype.
+
+        total: float32 [T, 1], the sum of squares over all `dim` channels; a shard that holds all of them needs none.
+        ConfigError when the last axis is not this shard's, or without a total that is needed.
+        """
+        self._check(x)
+        if total is None:
+            if x.shape[-1] != self.dim:
+                raise ConfigError(f"a shard of {x.shape[-1]} of {self.dim} channels was called without the sum of "
+                                  "squares over all of them")
+            total = square_sum(x)
+        return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
+                        multiply_before_cast=self.multiply_before_cast, mean_square=total / np.float32(self.dim))
+
+    def square_sum(self, x: np.ndarray) -> np.ndarray:
+        """The sum of squares of this shard's channels, float32 [T, 1]."""
+        return square_sum(x)
+
+    def _check(self, x: np.ndarray) -> None:
+        if x.shape[-1:] != self.weight.local_shape:
+            raise ConfigError(f"a shard of {self.weight.local_shape[0]} of {self.dim} channels was given an array of "
+                              f"shape {x.shape}")
+
+    def _accepts(self, strategy: ShardingStrategy) -> bool:
+        return strategy.is_replicate or strategy.axis == 0
 
 
 class LayerNorm(_Norm):

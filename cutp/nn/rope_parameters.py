@@ -22,7 +22,8 @@ class RopeParameters:
         low_freq_factor, high_freq_factor: bounds of the blended band, in turns per original context (llama3).
         attention_factor: multiplies cos and sin (yarn, longrope); None derives it.
         beta_fast, beta_slow: bounds of the ramp, in turns per original context (yarn; 32 and 1 when None or 0).
-        mscale, mscale_all_dim: when both are non-zero, the derived attention factor is their ratio (yarn).
+        mscale, mscale_all_dim: when both are non-zero, the derived attention factor is their ratio (yarn). Multi-head
+            latent attention reads `mscale_all_dim` of every type but default.
         truncate: round the ends of the ramp outwards to whole dimensions (yarn).
         short_factor, long_factor: one divisor per frequency, `rotary_dim / 2` of them (longrope).
         partial_rotary_factor: share of the head that is rotated, in (0, 1].

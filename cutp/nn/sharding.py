@@ -71,13 +71,14 @@ class HeadSegment:
 
 
 @dataclass(frozen=True)
-class FirstRankSegment:
-    """`length` rows that rank 0 holds alone: what is added once to a sum over ranks."""
+class OwnerSegment:
+    """`length` rows that one rank holds alone: an expert, or what is added once to a sum over ranks."""
 
     length: int
+    owner: int = 0
 
     def share(self, rank: int, size: int) -> tuple[int, int]:
-        return (0, self.length) if rank == 0 else (0, 0)
+        return (0, self.length) if rank == self.owner else (0, 0)
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,30 @@ def gated_activation(gate_up: np.ndarray, name: str, *, limit: float | None = No
     is rounded before the product, and the product again. `limit` clamps gate from above and up from both sides
     before the activation.
     """
-    if gate_up.shape[-1] % 2:
-        raise ConfigError(f"gate and up side by side need an even number of columns, not {gate_up.shape[-1]}")
-    width = gate_up.shape[-1] // 2
+    width = _half(gate_up)
     gate, up = as_float32(gate_up[..., :width]), as_float32(gate_up[..., width:])
     if limit is not None:
         gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, np.float32(-limit), np.float32(limit))
     activated = rounded(ACTIVATIONS[activation_name(name)](gate), gate_up.dtype)
     return store(activated * up, gate_up.dtype, out)
+
+
+def clamped_swiglu(gate_up: np.ndarray, *, alpha: float = 1.702, limit: float = 7.0,
+                   out: np.ndarray | None = None) -> np.ndarray:
+    """gate * sigmoid(alpha * gate) * (up + 1), the gate clamped from above and up from both sides (GptOssExperts).
+
+    gate_up: [T, 2F], the gate in the first F columns and up in the others. Returns [T, F]. Every step is rounded to the
+    dtype of `gate_up`, as Hugging Face's implementation does.
+    """
+    width = _half(gate_up)
+    dtype = gate_up.dtype
+    gate = np.minimum(as_float32(gate_up[..., :width]), np.float32(limit))
+    up = np.clip(as_float32(gate_up[..., width:]), np.float32(-limit), np.float32(limit))
+    share = rounded(_sigmoid(rounded(gate * np.float32(alpha), dtype)), dtype)
+    return store(rounded(up + np.float32(1), dtype) * rounded(gate * share, dtype), dtype, out)
+
+
+def _half(gate_up: np.ndarray) -> int:
+    if gate_up.shape[-1] % 2:
+        raise ConfigError(f"gate and up side by side need an even number of columns, not {gate_up.shape[-1]}")
+    return gate_up.shape[-1] // 2

@@ -38,17 +38,29 @@ def paged_attention(q: np.ndarray, pages: np.ndarray, lookup_table: np.ndarray, 
         table = lookup_table[b, : -(-length // page_size)]
         # [n, 2, H_kv, S, D] -> [2, H_kv, n * S, D]
         kv = pages[table].transpose(1, 2, 0, 3, 4).reshape(2, n_kv_heads, -1, head_dim)[:, :, :length]
-        keys, values = as_float32(kv[0]), as_float32(kv[1])
-        block = max(1, _MAX_SCORES // (q.shape[1] * length))
-        for first in range(start, stop, block):
-            last = min(first + block, stop)
-            positions = np.arange(cached + first - start, cached + last - start)
-            out[first:last] = _attend(q[first:last], keys, values, positions, scale, window, softcap, sinks)
+        causal_attention(q[start:stop], as_float32(kv[0]), as_float32(kv[1]), scale, window=window, softcap=softcap,
+                         sinks=sinks, out=out[start:stop])
     return out
 
 
+def causal_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, *, window: int | None = None,
+                     softcap: float | None = None, sinks: np.ndarray | None = None, out: np.ndarray) -> None:
+    """Attention of one request whose keys and values lie side by side, into `out` [n, H, D_v].
+
+    q: [n, H, D], the last n tokens of the request; keys: float32 [H_kv, L, D]; values: float32 [H_kv, L, D_v], of all
+    its L tokens. The rest is as in `paged_attention`.
+    """
+    n, n_heads, _ = q.shape
+    length = keys.shape[1]
+    block = max(1, _MAX_SCORES // (n_heads * length))
+    for first in range(0, n, block):
+        last = min(first + block, n)
+        positions = np.arange(length - n + first, length - n + last)
+        out[first:last] = _attend(q[first:last], keys, values, positions, scale, window, softcap, sinks)
+
+
 def _attend(q, keys, values, positions, scale, window, softcap, sinks) -> np.ndarray:
-    """One block of queries q [n, H, D] at `positions` [n] against keys and values [H_kv, L, D] of one request."""
+    """One block of queries q [n, H, D] at `positions` [n] against keys [H_kv, L, D] and values of one request."""
     n, n_heads, head_dim = q.shape
     n_kv_heads = len(keys)
     begin = 0 if window is None else max(0, int(positions[0]) - window + 1)
@@ -75,5 +87,5 @@ def _attend(q, keys, values, positions, scale, window, softcap, sinks) -> np.nda
     if sinks is not None:
         total = total + np.exp(sink - peak)
     weights = rounded(weights, q.dtype).reshape(n_kv_heads, group * n, end - begin)
-    y = (weights @ values).reshape(n_kv_heads, group, n, head_dim) / total
-    return y.transpose(2, 0, 1, 3).reshape(n, n_heads, head_dim)
+    y = (weights @ values).reshape(n_kv_heads, group, n, -1) / total
+    return y.transpose(2, 0, 1, 3).reshape(n, n_heads, -1)

@@ -1,4 +1,4 @@
-"""Write of new keys and values into the paged cache."""
+"""Write of new keys and values, or of new latents, into the paged cache."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def kv_write(k: np.ndarray, v: np.ndarray, pages: np.ndarray, slots: np.ndarray)
     page, slot = np.divmod(slots, pages.shape[3])
     pages[page, 0, :, slot] = k
     pages[page, 1, :, slot] = v
+
+
+def latent_write(latent: np.ndarray, pages: np.ndarray, slots: np.ndarray) -> None:
+    """Stores token t's latent vector in slot slots[t] of a latent cache.
+
+    latent: [T, C]; pages: [P, 1, 1, S, C]; slots: int [T] as in `kv_write`.
+    """
+    page, slot = np.divmod(slots, pages.shape[3])
+    pages[page, 0, 0, slot] = latent

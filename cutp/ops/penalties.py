@@ -7,8 +7,8 @@ number of times the token was generated, plus PROMPT_FLAG if the prompt has it.
 For a token in the prompt or generated: repetition divides positive logits and multiplies negative ones (Hugging Face's
 RepetitionPenaltyLogitsProcessor; Keskar et al., "CTRL", 2019). For generated tokens only: frequency is subtracted once
 for each time, and presence once (OpenAI's API; engines agree that the prompt does not count). They apply in this
-order; then the bias is added, so that a bias of -inf always forbids. Temperature is none of this: `sampling.scores`
-divides by it after subtracting the row's maximum.
+order. A bias of -inf forbids a token, before or after penalties. Temperature is none of this: `sampling.scores` divides
+by it after subtracting the row's maximum.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cutp.errors import ConfigError, RequestError
+from cutp.ops.sampling_keys import row_blocks
 
 PROMPT_FLAG = 1 << 30
 GENERATED = PROMPT_FLAG - 1  # the bits that hold the number
@@ -53,15 +54,16 @@ def apply_penalties(logits_local: np.ndarray, counts: np.ndarray, slots: np.ndar
     """
     rows = rows.checked()
     _check(logits_local, counts)
-    for b, slot in enumerate(np.asarray(slots)):
-        if slot < 0:
-            continue
-        ids = np.flatnonzero(counts[slot])
-        generated = counts[slot, ids] & GENERATED
-        x = logits_local[b, ids]
-        x = np.where(x < 0, x * rows.repetition[b], x / rows.repetition[b])
-        x -= rows.frequency[b] * generated.astype(np.float32)
-        logits_local[b, ids] = np.where(generated > 0, x - rows.presence[b], x)
+    slots = np.asarray(slots)
+    used = np.flatnonzero(slots >= 0)
+    for block in row_blocks(len(used), logits_local.shape[1]):
+        counted = counts[slots[used[block]]]
+        row, ids = np.divmod(np.flatnonzero(counted), counted.shape[1])
+        generated, row = counted[row, ids] & GENERATED, used[block][row]
+        x = logits_local[row, ids]
+        x = np.where(x < 0, x * rows.repetition[row], x / rows.repetition[row])
+        x -= rows.frequency[row] * generated.astype(np.float32)
+        logits_local[row, ids] = np.where(generated > 0, x - rows.presence[row], x)
 
 
 def add_logit_bias(logits_local: np.ndarray, vocab_start: int, ids: np.ndarray, values: np.ndarray) -> None:

@@ -125,8 +125,16 @@ def test_identity(tmp_path):
 
 def test_quantized(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
-    with pytest.raises(UnsupportedModelError, match="gptq"):
-        load_config(tmp_path)
+    config = load_config(tmp_path)
+    for readable in ((), ("mxfp4",)):
+        with pytest.raises(UnsupportedModelError, match="config.json.*gptq"):
+            config.check_quantization(readable)
+    config.check_quantization(("mxfp4", "gptq"))
+    (tmp_path / "config.json").write_text('{"quantization_config": null}')
+    load_config(tmp_path).check_quantization()
+    (tmp_path / "config.json").write_text('{"quantization_config": ["mxfp4"]}')
+    with pytest.raises(UnsupportedModelError, match="quantized"):
+        load_config(tmp_path).check_quantization(("mxfp4",))
 
 
 class TestGeneration:
@@ -147,23 +155,40 @@ class TestGeneration:
 
     def test_file_wins_over_the_config(self, tmp_path):
         generation = {"eos_token_id": [7, 8, 7], "bos_token_id": None, "top_k": 20, "max_new_tokens": 64,
-                      "repetition_penalty": 1.05, "min_p": 0, "temperature": 0}  # fmt: skip
+                      "repetition_penalty": 1.05, "min_p": 0, "temperature": 0, "min_new_tokens": 3}  # fmt: skip
         found = self.load(tmp_path, {"eos_token_id": 2, "bos_token_id": 1, "vocab_size": 9}, generation)
         assert found == GenerationDefaults(
             temperature=0.0, top_k=20, min_p=0.0, eos_token_ids=(7, 8), bos_token_id=1, max_new_tokens=64,
-            repetition_penalty=1.05,
+            repetition_penalty=1.05, min_new_tokens=3,
         )  # fmt: skip
 
     @pytest.mark.parametrize(
         "bad",
         [{"temperature": -1}, {"temperature": "hot"}, {"top_k": 1.5}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": 2},
          {"do_sample": 1}, {"eos_token_id": "2"}, {"eos_token_id": [2, "3"]}, {"eos_token_id": 9},
-         {"bos_token_id": [1, 2]}, {"pad_token_id": "x"}, {"max_new_tokens": 0}, {"repetition_penalty": 0}],
+         {"bos_token_id": [1, 2]}, {"pad_token_id": "x"}, {"max_new_tokens": 0}, {"repetition_penalty": 0},
+         {"min_new_tokens": -1}],
     )  # fmt: skip
     def test_bad_values(self, tmp_path, bad):
         (key,) = bad
         with pytest.raises(ModelConfigError, match=f"{key} in .*generation_config.json"):
             self.load(tmp_path, {"vocab_size": 9}, bad)
+
+    def test_what_is_not_applied_is_named(self, tmp_path):
+        generation = {"num_beams": 4, "typical_p": 0.9, "no_repeat_ngram_size": 3, "suppress_tokens": [1, 2],
+                      "forced_eos_token_id": 2, "guidance_scale": 1.5, "temperature": 0.5, "max_length": 4096,
+                      "bad_words_ids": [[i] for i in range(99)], "transformers_version": "4.40.0"}  # fmt: skip
+        found = self.load(tmp_path, {}, generation).not_applied
+        assert found[:-1] == ("num_beams 4", "guidance_scale 1.5", "typical_p 0.9", "no_repeat_ngram_size 3",
+                              found[4], "suppress_tokens [1, 2]")
+        assert found[-1] == "forced_eos_token_id 2" and found[4].startswith("bad_words_ids [[0], [1]")
+        assert max(map(len, found)) < 80
+
+    def test_values_that_ask_for_nothing_are_not_named(self, tmp_path):
+        generation = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [],
+                      "min_length": 0, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "epsilon_cutoff": 0.0,
+                      "renormalize_logits": True, "use_cache": True, "token_healing": False}  # fmt: skip
+        assert self.load(tmp_path, {}, generation).not_applied == ()
 
     def test_damaged_file(self, tmp_path):
         (tmp_path / "generation_config.json").write_text("{")

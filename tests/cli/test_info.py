@@ -37,7 +37,7 @@ def test_sizes_are_what_loading_takes(cli, tiny, case, tp):
     def sizes(comm):
         with LLM(tiny(case), comm=comm) as llm:
             weights = [weight for _, weight in llm.model.named_weights()]
-            cache = llm._core.runner.cache
+            cache = llm._work.core.runner.cache
             tokens = cache.num_pages * cache.params.page_size
             return (sum(weight.data.nbytes for weight in weights), sum(weight.local_bytes for weight in weights),
                     sum(block.nbytes for block in cache.blocks) / tokens)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cutp import LLM, SamplingParams, run_threads
-from cutp.engine import llm as llm_module
 from cutp.errors import CapacityError
+from cutp.kv_cache.params import PAGE_SIZE
 
 PROMPTS = ["Once upon a time", "The king", "A wolf and a fox met in the wood, and", "Why", "There was a miller"]
 
@@ -51,18 +51,14 @@ def test_ranks_equal_alone(alone, ranks):
 
 
 @pytest.mark.parametrize("batch_tokens,running,pages", [(7, 64, 64), (512, 2, 64), (16, 3, 4)])
-def test_chunks_and_a_small_cache_change_nothing(alone, monkeypatch, batch_tokens, running, pages):
-    monkeypatch.setattr(llm_module, "MAX_BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(llm_module, "MAX_RUNNING", running)
-    monkeypatch.setattr(llm_module, "plan_cache_pages", lambda *_: pages)
-    with LLM() as llm:
+def test_chunks_and_a_small_cache_change_nothing(alone, batch_tokens, running, pages):
+    with LLM(max_batch_tokens=batch_tokens, max_running=running, kv_tokens=pages * PAGE_SIZE) as llm:
         assert tokens(llm.generate(*many_requests())) == alone
-        assert llm._core.scheduler.allocator.free_pages == pages
+        assert llm.memory()["cache_tokens"] == pages * PAGE_SIZE and llm.memory()["cache_tokens_in_use"] == 0
 
 
-def test_a_request_that_no_cache_could_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(llm_module, "plan_cache_pages", lambda *_: 1)
-    with LLM() as llm:
+def test_a_request_that_no_cache_could_hold_is_refused():
+    with LLM(kv_tokens=PAGE_SIZE) as llm:
         with pytest.raises(CapacityError, match="prompt 0 may reach 104 tokens; the cache holds 64"):
             llm.generate([[5] * 4], SamplingParams(max_tokens=100))
         assert len(llm.generate([[5] * 4], SamplingParams(max_tokens=60, ignore_eos=True))[0].token_ids) == 60
@@ -135,9 +131,9 @@ def test_numpy_prompts_and_params_for_each():
 
 def test_a_default_that_is_not_applied_is_said(tiny, tmp_path, caplog):
     shutil.copytree(tiny("mha"), tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    (tmp_path / "model" / "generation_config.json").write_text('{"num_beams": 4, "repetition_penalty": 1.1}')
     with LLM(tmp_path / "model"):
-        assert "repetition_penalty 1.1, which is not applied" in caplog.text
+        assert "num_beams 4, which is not applied" in caplog.text and "repetition_penalty" not in caplog.text
     caplog.clear()
     with LLM():
         assert caplog.text == ""

@@ -62,7 +62,6 @@ def tokens(outputs):
 
 def test_bad_requests_leave_results_unchanged(llm):
     expected, scores = tokens(llm.generate(GOOD, GREEDY)), llm.score(GOOD)
-    free = llm._core.scheduler.allocator.free_pages
     names = list(BAD)
     for i in range(50):
         prompts, params, error = BAD[names[i % len(names)]]
@@ -71,7 +70,7 @@ def test_bad_requests_leave_results_unchanged(llm):
             fails(error, llm.score, prompts)
         fails(RequestError, llm.chat, [{"role": "user", "content": "a"}])
         assert tokens(llm.generate(GOOD, GREEDY)) == expected
-        assert llm._core.scheduler.allocator.free_pages == free and not llm._core.scheduler.has_work
+        assert llm.memory()["cache_tokens_in_use"] == 0 and not llm.stats()["running"]
     assert llm.score(GOOD) == scores
 
 
@@ -140,7 +139,6 @@ def test_stream_left_half_way(tiny, n, keep):
     def rank_main(comm):
         with LLM(tiny("mha"), comm=comm) as llm:
             expected = llm.generate(GOOD, GREEDY)
-            pages = llm._core.scheduler.allocator.free_pages
             for steps in (0, 1, 5):
                 stream = llm.stream([[9, 8, 7], [6]], SamplingParams(temperature=0, max_tokens=20))
                 for _ in range(steps):
@@ -148,7 +146,7 @@ def test_stream_left_half_way(tiny, n, keep):
                 if not keep:
                     del stream
                 assert tokens(llm.generate(GOOD, GREEDY)) == tokens(expected)
-                assert llm._core.scheduler.allocator.free_pages == pages
+                assert llm.memory()["cache_tokens_in_use"] == 0
                 if keep:
                     # Its requests are gone; it does not mix with others.
                     assert list(stream) == []

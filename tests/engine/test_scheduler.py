@@ -1,166 +1,377 @@
-"""Which tokens run next: admission by pages, chunks within the budget, order, and no page lost."""
+"""What each pass computes, for whom: order, budget, pages, preemption, sharing; and that nobody waits for ever."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutp.engine.request import Request
-from cutp.engine.scheduler import Scheduler
-from cutp.kv_cache import PageAllocator
+from cutp.errors import CapacityError
+from tests.engine.simulated_engine import SimulatedEngine, request
 
 
-def request(index, prompt, new=0):
-    return Request(index, None, list(range(prompt)), prompt + new)
-
-
-def scheduler(*requests, pages=10, page_size=4, budget=8, running=10):
-    made = Scheduler(PageAllocator(pages, page_size), budget, running)
-    for one in requests:
-        made.add(one)
-    return made
-
-
-def plan(chunks):
-    return [(chunk.request.index, chunk.start, chunk.stop) for chunk in chunks]
-
-
-def run(scheduler, chunks):
-    """What the engine does with a pass: caches the chunks, appends a token, finishes at max_total."""
-    for chunk in chunks:
-        chunk.request.cached = chunk.stop
-        if chunk.completes:
-            if chunk.request.length < chunk.request.max_total:
-                chunk.request.generated.append(7)
-            if chunk.request.length == chunk.request.max_total:
-                scheduler.finish(chunk.request)
-
-
-def step(scheduler):
-    chunks = scheduler.schedule()
-    run(scheduler, chunks)
-    return plan(chunks)
+def ids(requests):
+    return [one.id for one in requests]
 
 
 def test_a_long_prompt_is_cut_into_chunks_of_the_budget():
-    one = request(0, 20, 2)
-    s = scheduler(one, budget=8)
-    assert [step(s) for _ in range(4)] == [[(0, 0, 8)], [(0, 8, 16)], [(0, 16, 20)], [(0, 20, 21)]]
-    assert not s.has_work and s.allocator.free_pages == 10
+    engine = SimulatedEngine(request(0, 20, 2), budget=8)
+    assert engine.run() == [[(0, 0, 8)], [(0, 8, 16)], [(0, 16, 20)], [(0, 20, 21)]]
 
 
 def test_only_the_last_chunk_completes():
-    s = scheduler(request(0, 9, 1), budget=4)
+    scheduler = SimulatedEngine(request(0, 9, 1), budget=4).scheduler
     seen = []
-    while s.has_work:
-        chunks = s.schedule()
+    for _ in range(3):
+        chunks = scheduler.schedule().chunks
         seen += [chunk.completes for chunk in chunks]
-        run(s, chunks)
+        scheduler.advance(chunks)
     assert seen == [False, False, True]
 
 
 def test_generating_requests_come_before_prompts():
-    s = scheduler(request(0, 3, 5), budget=4)
-    assert step(s) == [(0, 0, 3)]
-    s.add(request(1, 10, 1))
-    assert step(s) == [(0, 3, 4), (1, 0, 3)]
-    assert step(s) == [(0, 4, 5), (1, 3, 6)]
-
-
-def test_a_prompt_of_one_token_comes_before_a_longer_older_one():
-    s = scheduler(request(0, 20, 1), request(1, 1, 3), budget=5, running=2)
-    # Like a token that is generated, it takes one row of the batch.
-    assert step(s) == [(1, 0, 1), (0, 0, 4)]
+    engine = SimulatedEngine(request(0, 3, 5), budget=4)
+    assert engine.step() == [(0, 0, 3)]
+    engine.add(request(1, 10, 1))
+    assert engine.step() == [(0, 3, 4), (1, 0, 3)]
+    assert engine.step() == [(0, 4, 5), (1, 3, 6)]
 
 
 def test_prompts_are_served_in_order_of_arrival():
-    s = scheduler(request(0, 6, 1), request(1, 6, 1), request(2, 2, 1), budget=8)
-    assert step(s) == [(0, 0, 6), (1, 0, 2)]
-    assert step(s) == [(1, 2, 6), (2, 0, 2)]
+    engine = SimulatedEngine(request(0, 6, 1), request(1, 6, 1), request(2, 2, 1), budget=8)
+    assert engine.step() == [(0, 0, 6), (1, 0, 2)]
+    assert ids(engine.scheduler.waiting) == [2]  # no slot for one that no token is left for
+    assert engine.step() == [(1, 2, 6), (2, 0, 2)]
 
 
 def test_more_generating_requests_than_budget():
-    requests = [request(i, 1, 3) for i in range(4)]
-    s = scheduler(*requests, budget=2)
-    assert [step(s) for _ in range(6)] == [[(0, i, i + 1), (1, i, i + 1)] for i in range(3)] + [
+    engine = SimulatedEngine(*(request(i, 1, 3) for i in range(4)), budget=2)
+    assert engine.run() == [[(0, i, i + 1), (1, i, i + 1)] for i in range(3)] + [
         [(2, i, i + 1), (3, i, i + 1)] for i in range(3)]
 
 
-def test_admission_waits_for_the_pages_of_all_tokens_a_request_may_reach():
-    first, second = request(0, 3, 5), request(1, 5, 4)  # 8 tokens: 2 pages; 9 tokens: 3 pages
-    s = scheduler(first, second, pages=4, page_size=4)
-    assert step(s) == [(0, 0, 3)]
-    assert first.pages == [0, 1] and second.pages == [] and list(s.waiting) == [second]
-    while first in s.running:
-        assert all(index == 0 for index, _, _ in step(s))
-    assert first.pages == []
-    assert step(s) == [(1, 0, 5)] and second.pages == [0, 1, 2]
+def test_running_requests_are_limited():
+    engine = SimulatedEngine(*(request(i, 1, 2) for i in range(3)), running=2)
+    assert engine.run() == [[(0, 0, 1), (1, 0, 1)], [(0, 1, 2), (1, 1, 2)], [(2, 0, 1)], [(2, 1, 2)]]
+
+
+def test_pages_are_taken_as_tokens_need_them():
+    one = request(0, 9, 8)
+    engine = SimulatedEngine(one, budget=6)
+    counts = []
+    while engine.scheduler.has_work:
+        engine.scheduler.advance([])
+        engine.step()
+        counts.append(len(one.pages))
+    assert counts == [2, 3, 3, 3, 3, 4, 4, 4, 0]
+
+
+def test_slots_are_reused_lowest_first():
+    requests = [request(0, 1, 5), request(1, 1, 1), request(2, 1, 2), request(3, 1, 3)]
+    engine = SimulatedEngine(*requests, running=3)
+    engine.step()
+    assert [one.slot for one in requests] == [0, None, 2, None]  # 1 is done
+    engine.step()
+    assert [one.slot for one in requests] == [0, None, None, 1]
+
+
+@pytest.mark.parametrize("first, second, pages, budget, admitted", [
+    ((7, 20), (8, 1), 5, 20, False),  # 3 + 3 pages: for the known tokens of both, and one more each to generate into
+    ((7, 20), (8, 1), 6, 20, True),
+    ((7, 1), (8, 0), 4, 20, True),  # neither grows beyond 2 pages
+    ((30, 1), (4, 1), 9, 31, False),  # the pages that the first has not taken yet count as well: 8 + 2
+    ((30, 1), (4, 1), 10, 31, True),
+])
+def test_admission_waits_for_pages(first, second, pages, budget, admitted):
+    engine = SimulatedEngine(request(0, *first), request(1, *second), pages=pages, budget=budget)
+    engine.step()
+    assert ids(engine.scheduler.waiting) == ([] if admitted else [1])
+    engine.run()
 
 
 def test_a_small_request_does_not_overtake_a_large_one():
-    s = scheduler(request(0, 8), request(1, 16), request(2, 1), pages=4, page_size=4)
-    s.schedule()
-    assert [r.index for r in s.running] == [0] and [r.index for r in s.waiting] == [1, 2]
+    engine = SimulatedEngine(request(0, 8, 9), request(1, 16), request(2, 1), pages=5)
+    engine.step()
+    assert ids(engine.scheduler.running) == [0] and ids(engine.scheduler.waiting) == [1, 2]
 
 
-def test_running_requests_are_limited():
-    s = scheduler(*(request(i, 1, 2) for i in range(3)), running=2)
-    assert step(s) == [(0, 0, 1), (1, 0, 1)]
-    assert step(s) == [(0, 1, 2), (1, 1, 2)]
-    assert step(s) == [(2, 0, 1)]
+def test_without_a_page_the_youngest_pauses_then_is_preempted_and_keeps_its_tokens():
+    old, young = request(0, 4, 14), request(1, 4, 14)
+    engine = SimulatedEngine(old, young, pages=5, cache=False)
+    plans = [engine.step() for _ in range(9)]
+    assert plans[4:6] == [[(0, 7, 8), (1, 7, 8)], [(0, 8, 9)]]  # the last page goes to the older one
+    assert young in engine.scheduler.running and len(young.pages) == 2
+    assert engine.step() == [(0, 12, 13)]  # which then needs another
+    assert engine.preemptions == {1: 1} and ids(engine.scheduler.waiting) == [1]
+    generated = list(young.generated)
+    assert len(generated) == 5
+    assert engine.run()[4:6] == [[(1, 0, 8)], [(1, 8, 9)]]  # computed again, when the other is done
+    assert young.generated[:5] == generated and len(young.generated) == 14 and engine.preemptions == {1: 1}
+
+
+def test_a_preempted_request_goes_on_from_the_pages_that_are_left():
+    """Those of its generated tokens too; the last page went first."""
+    old, young = request(0, 4, 9), request(1, 4, 20)
+    engine = SimulatedEngine(old, young, pages=6)
+    while not engine.preemptions:
+        engine.step()
+    assert young.length == 13
+    assert engine.run()[0] != [] and engine.hits[1] == 8
+
+
+def test_a_preempted_requests_chunk_is_taken_out_of_the_pass():
+    """An old prompt that was held up takes pages of a younger request whose next token was planned already."""
+    first, old, young = request(0, [1, 2, 3, 4], 30), request(1, [1, 2, 3, 4, *range(50, 92)], 2), request(2, 1, 40)
+    engine = SimulatedEngine(first, old, young, pages=24, budget=5)
+    seen = []
+    while not engine.preemptions:
+        seen.append(engine.step())
+    assert engine.preemptions == {2: 1} and not any(id == 2 for id, _, _ in seen[-1])
+    assert all((2, start, start + 1) in plan for start, plan in enumerate(seen[:-1]) if start)
+    assert seen[-1][0][0] == 0 and seen[-1][1][0] == 1
+    assert sum(stop - start for _, start, stop in seen[-1]) == 5  # its place in the pass is used
+    engine.run()
+
+
+def test_samples_of_one_prompt_compute_it_once():
+    engine = SimulatedEngine(*(request(i, range(19), 2) for i in range(8)), pages=40, budget=16)
+    plans = engine.run()
+    assert plans[:2] == [[(0, 0, 16)], [(i, 16, 19) for i in range(5)] + [(5, 16, 17)]]
+    assert engine.computed == {0: 20} | {i: 4 for i in range(1, 8)}  # the last page is not full, so not shared
+    assert engine.cache.queried_tokens == 8 * 19 and engine.cache.hit_tokens == 7 * 16
+
+
+def test_requests_follow_one_that_computes_what_they_share():
+    """They have slots but no chunk, and go on where the common pages end."""
+    common = list(range(12))
+    engine = SimulatedEngine(request(0, [*common, 50, 51]), request(1, [*common[:8], 60]), request(2, common), pages=40,
+                             budget=6)
+    assert engine.step() == [(0, 0, 6)]
+    assert engine.step() == [(0, 6, 12)]
+    assert engine.step() == [(0, 12, 14), (1, 8, 9), (2, 8, 11)]
+    engine = SimulatedEngine(request(0, [*common, 50, 51], 9), request(1, [*common[:8], 60], 5), pages=40, budget=9)
+    assert engine.step() == [(0, 0, 9)]
+    engine.add(request(2, [7, 7], 5))
+    assert engine.step() == [(0, 9, 14), (1, 8, 9), (2, 0, 2)]
+
+
+def test_a_request_that_follows_does_not_hold_up_the_next_one():
+    engine = SimulatedEngine(request(0, range(6)), request(1, range(6), 1), request(2, [9], 1), budget=8)
+    assert engine.step() == [(0, 0, 6), (2, 0, 1)]
+    assert ids(engine.scheduler.running) == [1] and engine.scheduler.running[0].pages == []
+    assert engine.step() == [(1, 4, 6)]
+
+
+def test_who_follows_goes_on_alone_when_the_first_is_cancelled():
+    first, second = request(0, range(30)), request(1, range(30))
+    engine = SimulatedEngine(first, second, pages=40, budget=6)
+    engine.step()
+    engine.step(cancel_during=[first])  # the pages of this pass are lost, those of the one before are not
+    assert engine.step() == [(1, 4, 10)]
+    engine.run()
+
+
+def test_a_request_whose_hidden_states_are_wanted_computes_them_itself():
+    prompt = range(16)
+    engine = SimulatedEngine(request(0, prompt), request(1, prompt, wanted_from=0), request(2, prompt, wanted_from=9),
+                             request(3, prompt), pages=40, budget=64)
+    assert engine.step() == [(0, 0, 16), (1, 0, 16)]
+    assert engine.step() == [(2, 8, 16), (3, 12, 16)]
+    assert engine.hits == {2: 8, 3: 12}
+
+
+def test_equal_pages_that_were_computed_twice_become_one():
+    first, second = request(0, range(9), 3), request(1, range(9), 3, wanted_from=0)
+    engine = SimulatedEngine(first, second, pages=40, budget=64)
+    engine.step()
+    assert first.pages[:2] == second.pages[:2] == [0, 1] and first.pages[2] != second.pages[2]
+    assert engine.pool.free_pages == 36
+    engine.run()
+
+
+@pytest.mark.parametrize("kind", ["salt", "not shared", "no cache"])
+def test_what_is_not_shared(kind):
+    engine = SimulatedEngine(request(0, range(9), 1, salt=b"a", share=kind != "not shared"),
+                             request(1, range(9), 1, salt=b"b" if kind == "salt" else b"a"), pages=40, budget=64,
+                             cache=kind != "no cache")
+    assert engine.run()[0] == [(0, 0, 9), (1, 0, 9)]
+    if kind != "no cache":
+        assert engine.cache.hit_tokens == 0 and engine.cache.queried_tokens == (9 if kind == "not shared" else 18)
+
+
+def test_a_later_request_finds_the_pages_of_an_earlier_one():
+    engine = SimulatedEngine(request(0, range(16), 8), budget=64)
+    engine.run()
+    answer = engine.requests[0].tokens(0, 24)
+    engine.add(request(1, range(16)))
+    assert engine.run() == [[(1, 12, 16)]]  # a page of its own, though all are known: its last token must be computed
+    engine.add(request(2, range(17)))
+    assert engine.run() == [[(2, 16, 17)]]
+    engine.add(request(3, [*answer, 5]))
+    assert engine.run() == [[(3, 20, 25)]]  # the answer's last token was never computed
+    assert engine.cache.queried_tokens == 16 + 16 + 17 + 25 and engine.cache.hit_tokens == 12 + 16 + 20
+
+
+def test_pages_in_use_are_not_counted_twice_at_admission():
+    """A prompt of 8 pages, of which all but the last are held by another, is admitted to 4 free pages."""
+    engine = SimulatedEngine(request(0, range(32), 30), pages=12, budget=64)
+    engine.step()
+    engine.add(request(1, range(32), 2))
+    assert engine.step() == [(0, 32, 33), (1, 28, 32)]
+    engine = SimulatedEngine(request(0, range(32), 30), pages=12, budget=64)
+    engine.step()
+    engine.add(request(1, 32, 2))
+    assert engine.step() == [(0, 32, 33)] and ids(engine.scheduler.waiting) == [1]
+
+
+def test_cancelling():
+    requests = [request(i, 9, 3) for i in range(4)]
+    engine = SimulatedEngine(*requests, pages=9, budget=20)
+    engine.step()
+    assert ids(engine.scheduler.running) == [0, 1] and ids(engine.scheduler.waiting) == [2, 3]
+    engine.cancel(requests[3])
+    engine.cancel(requests[3])  # once more is no error
+    engine.cancel(requests[0])
+    engine.check_pages()
+    assert ids(engine.scheduler.running) == [1] and ids(engine.scheduler.waiting) == [2]
+    engine.step(cancel_during=[requests[1], requests[2]])
+    assert not engine.scheduler.has_work and requests[1].cached == 0
+    engine.run()
+    engine.cancel(requests[0])
 
 
 def test_clear_drops_everything_and_frees_the_pages():
     requests = [request(i, 9, 3) for i in range(5)]
-    s = scheduler(*requests, pages=7)
-    step(s)
-    assert s.running and s.waiting
-    s.clear()
-    assert not s.has_work and s.allocator.free_pages == 7 and all(not r.pages for r in requests)
-    assert s.schedule() == []
+    engine = SimulatedEngine(*requests, pages=7)
+    engine.step()
+    assert engine.scheduler.running and engine.scheduler.waiting
+    engine.scheduler.clear()
+    assert not engine.scheduler.has_work and engine.pool.free_pages == 7
+    assert all(not r.pages and r.slot is None and r.cached == 0 for r in requests)
+    assert engine.scheduler.schedule().chunks == []
+    engine.requests.clear()
+    engine.add(request(0, 9, 3))  # ids may begin again
+    engine.run()
 
 
 def test_a_request_that_does_not_run_cannot_finish():
-    s = scheduler(request(0, 1))
+    engine = SimulatedEngine(request(0, 1))
     with pytest.raises(ValueError):
-        s.finish(s.waiting[0])
+        engine.scheduler.finish(engine.scheduler.waiting[0])
 
 
-sizes = st.lists(st.tuples(st.integers(1, 25), st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=12)
+@pytest.mark.parametrize("running", [False, True])
+def test_ids_must_grow(running):
+    engine = SimulatedEngine(request(3, 1, 5))
+    if running:
+        engine.step()
+    for id in (2, 3):
+        with pytest.raises(ValueError, match=f"request {id} was added after request 3"):
+            engine.scheduler.add(request(id, 1))
 
 
-@settings(max_examples=80, derandomize=True, deadline=None)
-@given(sizes, st.integers(1, 12), st.integers(1, 5), st.integers(0, 20), st.integers(1, 4))
-def test_any_load(arrivals, budget, page_size, spare, max_running):
-    """arrivals: (prompt, tokens to generate, pass before which it comes)."""
-    requests = [(request(i, prompt, new), at) for i, (prompt, new, at) in enumerate(arrivals)]
-    needed = {r.index: -(-r.max_total // page_size) for r, _ in requests}
-    s = scheduler(pages=max(needed.values()) + spare, page_size=page_size, budget=budget, running=max_running)
-    arrived, admitted = [], []
-    for time in range(10_000):
-        for r, at in requests:
-            if at == time:
-                s.add(r)
-                arrived.append(r.index)
-        chunks = s.schedule()
-        admitted += [r.index for r in s.running if r.index not in admitted]
-        assert admitted == arrived[: len(admitted)]  # first come, first served
-        assert len(s.running) <= max_running
-        owned = [page for r in s.running for page in r.pages]
-        assert len(set(owned)) == len(owned) == s.allocator.num_pages - s.allocator.free_pages
-        assert all(len(r.pages) == needed[r.index] for r in s.running)
-        if s.waiting and len(s.running) < max_running:
-            assert s.allocator.free_pages < needed[s.waiting[0].index]
-        scheduled = [chunk.request.index for chunk in chunks]
-        assert len(set(scheduled)) == len(scheduled)
-        total = sum(chunk.stop - chunk.start for chunk in chunks)
-        pending = sum(r.pending for r in s.running)
-        assert total == min(budget, pending)  # no room is wasted, and none is exceeded
-        assert all(chunk.start == chunk.request.cached < chunk.stop <= chunk.request.length for chunk in chunks)
-        # One pending token before several, and by arrival within each kind.
-        keys = [(chunk.request.pending > 1, arrived.index(chunk.request.index)) for chunk in chunks]
-        assert keys == sorted(keys)
-        run(s, chunks)
-        if not s.has_work and time >= 12:
-            break
-    assert len(admitted) == len(requests) and s.allocator.free_pages == s.allocator.num_pages
-    assert all(r.length == r.max_total for r, _ in requests)
+@pytest.mark.parametrize("max_len", [40, 12])
+def test_a_request_that_could_never_run_is_refused(max_len):
+    engine = SimulatedEngine(pages=3, page_size=4, max_len=max_len)
+    with pytest.raises(CapacityError, match=f"may reach 13 tokens; the limit is {max_len}, and the cache holds 12"):
+        engine.add(request(0, 10, 3))
+    engine.add(request(0, 10, 2))
+    engine.run()
+
+
+def test_a_stream_of_small_requests_does_not_starve_a_big_one():
+    """Wherever it stands in the queue; the small ones alone would keep slots, budget and pages in use for ever."""
+    for before in range(4):
+        engine = SimulatedEngine(pages=20, budget=6, running=6)
+        arrivals, big = 0, None
+        for time in range(150):
+            for _ in range(3):
+                if arrivals == before:
+                    big = request(arrivals, 60, 12)  # 18 of the 20 pages
+                    engine.add(big)
+                else:
+                    engine.add(request(arrivals, 3 + arrivals % 4, 5))
+                arrivals += 1
+            engine.step()
+            if big in engine.finished:
+                break
+        assert time < 12 * before + 60 / 6 + 12 + 4
+        assert engine.preemptions[big.id] == 0 or before > 0
+
+
+def test_small_requests_behind_a_huge_one():
+    """They wait for its prompt, and generate beside it."""
+    small = [request(1 + i, 2, 5) for i in range(4)]
+    engine = SimulatedEngine(request(0, 400, 100), *small, pages=140, budget=16)
+    for _ in range(400 // 16):
+        assert [id for id, _, _ in engine.step()] == [0]
+    for _ in range(6):
+        engine.step()
+    assert set(small) <= set(engine.finished) and engine.requests[0] not in engine.finished
+    engine.run()
+
+
+def test_the_oldest_prompt_gets_its_share_of_a_pass_that_others_could_fill():
+    """It had to wait for a page of the first, and meanwhile others began to generate."""
+    first, old = request(0, range(5), 30), request(1, [*range(4), *range(100, 140)], 1)
+    engine = SimulatedEngine(first, old, *(request(i, 1, 60) for i in range(2, 9)), pages=200, budget=12)
+    assert engine.step() == [(0, 0, 5), *((i, 0, 1) for i in range(2, 9))]
+    engine.cancel(first)
+    engine.scheduler.max_batch_tokens = 8
+    plan = engine.step()
+    assert plan == [*((i, 1, 2) for i in range(2, 8)), (1, 4, 6)]
+    engine.scheduler.max_batch_tokens = 1
+    assert engine.step() == [(1, 6, 7)]
+
+
+prompts = st.one_of(st.integers(1, 25), st.tuples(st.integers(0, 2), st.integers(1, 25), st.integers(0, 6)))
+arrivals = st.fixed_dictionaries({"prompt": prompts, "new": st.integers(0, 12), "wanted": st.none() | st.integers(0, 24),
+                                  "share": st.sampled_from([True, True, True, False]),
+                                  "salt": st.sampled_from([b"", b"", b"x"])})
+events = st.lists(st.one_of(st.none(), arrivals, st.tuples(st.booleans(), st.integers(0, 30))), max_size=40)
+
+
+def arriving(id, prompt, new, wanted, share, salt):
+    """prompt: tokens of its own, or (one of three texts, tokens of it, tokens of its own after that)."""
+    if not isinstance(prompt, int):
+        text, common, own = prompt
+        prompt = [*([5, 6, 7, 8] * 9)[text : text + common], *range(1000 * (id + 1), 1000 * (id + 1) + own)]
+    length = prompt if isinstance(prompt, int) else len(prompt)
+    wanted = None if wanted is None else min(wanted, length - 1)
+    return request(id, prompt, new, wanted_from=wanted, share=share, salt=salt)
+
+
+def replay(events, **limits):
+    """Runs a step for None, adds a request, or cancels one (during the next step, or before it); then to the end."""
+    engine, arrived, plans, doomed = SimulatedEngine(**limits), 0, [], []
+    for event in events:
+        if event is None:
+            plans.append((engine.step(doomed), [list(r.pages) for r in engine.scheduler.running]))
+            doomed = []
+        elif isinstance(event, dict):
+            engine.add(arriving(arrived, **event))
+            arrived += 1
+        elif engine.unfinished():
+            during, number = event
+            victim = engine.unfinished()[number % len(engine.unfinished())]
+            if during:
+                doomed.append(victim)
+            else:
+                engine.cancel(victim)
+    plans += engine.run()
+    return engine, plans
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(events, st.integers(1, 20), st.integers(1, 5), st.integers(0, 20), st.integers(1, 5), st.booleans())
+def test_any_load(events, budget, page_size, spare, max_running, cache):
+    """The simulated engine checks every pass; a second scheduler with another secret makes the same plans."""
+    largest = max((arriving(0, **event).max_total for event in events if isinstance(event, dict)), default=1)
+    limits = dict(budget=budget, page_size=page_size, pages=-(-largest // page_size) + spare, running=max_running,
+                  max_len=largest, cache=cache)
+    engine, plans = replay(events, **limits)
+    assert all(r.length == r.max_total or r in engine.finished for r in engine.requests)
+    for r in engine.requests:
+        if r.length == r.max_total and not engine.preemptions[r.id]:
+            # Computed or found once; the last token that is generated needs no computing.
+            once = r.max_total - (1 if r.generated else 0)
+            assert engine.computed[r.id] + engine.hits[r.id] == once
+    assert replay(events, **limits, salt=b"another")[1] == plans

@@ -50,3 +50,13 @@ def test_shapes(size, dtype):
             assert block[3, 1, 0].flags.c_contiguous  # one head's page is one run
         one_token = sum(block[0, :, :, 0].nbytes for block in cache.blocks)
         assert one_token == params.bytes_per_token(size, rank)
+
+
+@pytest.mark.parametrize("size", (1, 3))
+def test_shape_of_a_latent_cache(size):
+    params = KVCacheParams(np.dtype(ml_dtypes.bfloat16), n_heads=3, n_kv_heads=1, head_dim=20, num_layers=2, page_size=6,
+                           latent=True)
+    for rank in range(size):
+        cache = PagedKVCache.allocate(params, 7, size, rank)
+        assert [block.shape for block in cache.blocks] == [(7, 1, 1, 6, 20)] * 2
+        assert sum(block[0, :, :, 0].nbytes for block in cache.blocks) == params.bytes_per_token(size, rank)

@@ -34,3 +34,21 @@ def test_values_below_one_are_refused(name, value):
 def test_more_ranks_than_heads_are_refused():
     with pytest.raises(ConfigError, match="8 heads"):
         KVCacheParams(**FIELDS).bytes_per_token(9, 0)
+
+
+LATENT = FIELDS | dict(n_kv_heads=1, head_dim=576, latent=True)
+
+
+@pytest.mark.parametrize("size", (1, 3, 8))
+def test_a_latent_cache_has_one_vector_a_token_on_every_rank(size):
+    params = KVCacheParams(**LATENT)
+    assert params.planes == 1 and KVCacheParams(**FIELDS).planes == 2
+    assert [params.local_kv_heads(size, rank) for rank in range(size)] == [1] * size
+    assert [params.bytes_per_token(size, rank) for rank in range(size)] == [3 * 576 * 4] * size
+
+
+def test_a_latent_cache_of_several_heads_is_refused():
+    with pytest.raises(ConfigError, match="one head that all others share, not 2"):
+        KVCacheParams(**LATENT | {"n_kv_heads": 2})
+    with pytest.raises(ConfigError, match="8 heads"):
+        KVCacheParams(**LATENT).bytes_per_token(9, 0)

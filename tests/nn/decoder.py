@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,7 +24,11 @@ PROMPTS = ([3, 1, 4, 1, 5], [9, 0], [2, 6, 5, 3, 5, 8, 9])
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes and options. rotary: "half", "interleaved" or "none" of layer i at i % len; window likewise."""
+    """Sizes and options. rotary: "half", "interleaved" or "none" of layer i at i % len; window likewise.
+
+    qk_norm: "head", "projection" or none. norms: those of a block, "pre", "post" or "both", or those of a "parallel"
+    block. fused: one weight for queries, keys and values, and one for gate and up.
+    """
 
     vocab: int = 13
     hidden: int = 10
@@ -37,13 +41,16 @@ class Spec:
     bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
+    qk_norm_offset: float = 0.0
     clip: float | None = None
     scale: float | None = None
     window: tuple[int | None, ...] = (None,)
     softcap: float | None = None
     sinks: bool = False
     rotary: tuple[str, ...] = ("half",)
+    norms: str = "pre"
+    fused: bool = False
     swiglu_limit: float | None = None
     layer_norm: bool = False
     norm_offset: float = 0.0
@@ -58,10 +65,12 @@ class Spec:
         return values[index % len(values)]
 
 
-EVERYTHING = Spec(heads=6, kv_heads=3, bias=True, output_bias=True, mlp_bias=True, qk_norm=True, clip=1.2, scale=0.7,
+EVERYTHING = Spec(heads=6, kv_heads=3, bias=True, output_bias=True, mlp_bias=True, qk_norm="head", clip=1.2, scale=0.7,
                   window=(3, None), softcap=2.0, sinks=True, rotary=("half", "interleaved", "none"), layers=3,
                   swiglu_limit=0.8, norm_offset=1.0, embedding_multiplier=1.5, residual_multiplier=0.6,
                   logits_scaling=0.5, logit_softcapping=3.0)
+# The same with the options that exclude those of EVERYTHING.
+OTHERWISE = replace(EVERYTHING, qk_norm="projection", qk_norm_offset=1.0, fused=True, norms="both")
 
 
 def build(spec: Spec, devices, **options) -> DistributedTransformer:
@@ -78,12 +87,18 @@ def build(spec: Spec, devices, **options) -> DistributedTransformer:
     def block(i):
         attention = AttentionWithRope(
             spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.dtype, ropes[spec.of_layer(spec.rotary, i)],
-            has_bias=spec.bias, has_output_bias=spec.output_bias, qk_norm_eps=EPS if spec.qk_norm else None,
-            clip_qkv=spec.clip, scale=spec.scale, window=spec.of_layer(spec.window, i), softcap=spec.softcap,
-            has_sinks=spec.sinks)
-        mlp = MLP(spec.hidden, spec.width, spec.dtype, has_bias=spec.mlp_bias, swiglu_limit=spec.swiglu_limit)
-        return DistributedTransformerBlock(TensorParallelAttentionWithRope(attention, devices, gemm), mlp, norm(),
-                                           norm(), devices, gemm, residual_multiplier=spec.residual_multiplier)
+            has_bias=spec.bias, has_output_bias=spec.output_bias, fused_qkv=spec.fused,
+            qk_norm_eps=EPS if spec.qk_norm else None, qk_norm_over_projection=spec.qk_norm == "projection",
+            qk_norm_offset=spec.qk_norm_offset, clip_qkv=spec.clip, scale=spec.scale,
+            window=spec.of_layer(spec.window, i), softcap=spec.softcap, has_sinks=spec.sinks)
+        mlp = MLP(spec.hidden, spec.width, spec.dtype, has_bias=spec.mlp_bias, swiglu_limit=spec.swiglu_limit,
+                  fused=spec.fused)
+        parallel, before, after = spec.norms == "parallel", spec.norms != "post", spec.norms in ("post", "both")
+        return DistributedTransformerBlock(
+            TensorParallelAttentionWithRope(attention, devices, gemm), mlp, norm() if before else None,
+            norm() if before and not parallel else None, devices, gemm, parallel=parallel,
+            residual_multiplier=spec.residual_multiplier, post_attention_norm=norm() if after else None,
+            post_mlp_norm=norm() if after else None)
 
     embedding = VocabParallelEmbedding(spec.vocab, spec.hidden, spec.dtype, devices)
     head = ColumnParallelLinear(spec.hidden, spec.vocab, spec.dtype, devices, embedding if spec.tied else None)
@@ -124,7 +139,16 @@ def by_hand(values, spec: Spec, tokens) -> Trace:
     def rms(x, weight, offset=0.0):
         return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * (weight + offset)
 
+    for name in [name for name in w if "qkv_proj" in name or "gate_up_proj" in name]:
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        parts, ends = (("q_proj", "k_proj", "v_proj"), [q, q + kv]) if "qkv" in name else (
+            ("gate_proj", "up_proj"), [spec.width])
+        for part, rows in zip(parts, np.split(w[name], ends), strict=True):
+            w[name.replace("qkv_proj", part).replace("gate_up_proj", part)] = rows
+
     def norm(x, name):
+        if f"{name}.weight" not in w:  # this block has no such norm
+            return x
         if spec.layer_norm:
             x = x - x.mean(axis=-1, keepdims=True)
             return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * w[f"{name}.weight"] + w[f"{name}.bias"]
@@ -151,9 +175,11 @@ def by_hand(values, spec: Spec, tokens) -> Trace:
         for p in "qkv":
             y = linear(x, f"{name}.{p}_proj")
             y = y if spec.clip is None else np.clip(y, -spec.clip, spec.clip)
+            if p != "v" and spec.qk_norm == "projection":
+                y = rms(y, w[f"{name}.{p}_norm.weight"], spec.qk_norm_offset)
             y = y.reshape(n, -1, spec.head_dim)
             if p != "v":
-                y = rms(y, w[f"{name}.{p}_norm.weight"]) if spec.qk_norm else y
+                y = rms(y, w[f"{name}.{p}_norm.weight"], spec.qk_norm_offset) if spec.qk_norm == "head" else y
                 y = rotate(y, spec.of_layer(spec.rotary, i))
             heads.append(y)
         q, k, v = heads
@@ -180,8 +206,14 @@ def by_hand(values, spec: Spec, tokens) -> Trace:
     h = w["embed_tokens.weight"][tokens] * spec.embedding_multiplier
     after = []
     for i in range(spec.layers):
-        h = h + spec.residual_multiplier * attention(norm(h, f"layers.{i}.input_layernorm"), i)
-        h = h + spec.residual_multiplier * mlp(norm(h, f"layers.{i}.post_attention_layernorm"), i)
+        layer = f"layers.{i}"
+        x = norm(h, f"{layer}.input_layernorm")
+        if spec.norms == "parallel":
+            h = h + spec.residual_multiplier * (attention(x, i) + mlp(x, i))
+        else:
+            h = h + spec.residual_multiplier * norm(attention(x, i), f"{layer}.post_self_attn_layernorm")
+            y = mlp(norm(h, f"{layer}.post_attention_layernorm"), i)
+            h = h + spec.residual_multiplier * norm(y, f"{layer}.post_mlp_layernorm")
         after.append(h)
     normed = norm(h, "norm")
     logits = normed @ w["embed_tokens.weight" if spec.tied else "lm_head.weight"].T / spec.logits_scaling

@@ -9,13 +9,15 @@ import numpy as np
 from cutp.kv_cache import allocate_caches
 from cutp.nn import RaggedBatch, ReturnHiddenStates, ReturnLogits
 from tests.nn.building import cpus, random_values
-from tests.nn.decoder import EVERYTHING, PROMPTS, Spec, build
+from tests.nn.decoder import EVERYTHING, OTHERWISE, PROMPTS, Spec, build
 
 LONG = [[*range(13)] * 6, [5, 4], [7] * 40]
 ODD = replace(EVERYTHING, vocab=17, heads=5, kv_heads=1)
 CASES = {
     "plain": (Spec(), PROMPTS, {}),
     "odd vocabulary, uneven heads, every option": (ODD, PROMPTS, dict(return_logits=ReturnLogits.ALL)),
+    "other options": (replace(OTHERWISE, vocab=17, heads=5, kv_heads=1), PROMPTS, {}),
+    "parallel branches, overlap": (replace(OTHERWISE, norms="parallel", overlap=True), LONG, {}),
     "7 heads, tied": (Spec(heads=7, kv_heads=7, vocab=11, tied=True), PROMPTS, {}),
     "overlap": (replace(ODD, overlap=True), LONG, {}),
     "overlap, large": (Spec(hidden=520, width=64, overlap=True, mlp_bias=True, output_bias=True), LONG, {}),

@@ -192,9 +192,9 @@ def test_stacked_linear(lengths, in_dim, size, rows, has_bias):
 
 @examples(80)
 @given(st.integers(1, 9), st.integers(1, 12), SIZE, ROWS, st.booleans(), st.sampled_from((None, 0.5)),
-       st.sampled_from(("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid")))
-def test_mlp(hidden, width, size, rows, has_bias, limit, activation):
-    mlp = MLP(hidden, width, float32, activation=activation, has_bias=has_bias, swiglu_limit=limit)
+       st.sampled_from(("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid")), st.booleans())
+def test_mlp(hidden, width, size, rows, has_bias, limit, activation, fused):
+    mlp = MLP(hidden, width, float32, activation=activation, has_bias=has_bias, swiglu_limit=limit, fused=fused)
     fill(mlp)
     x = noise(rows, hidden)
     shards = sharded(mlp, S.tensor_parallel(size), cpus(size))
@@ -203,7 +203,8 @@ def test_mlp(hidden, width, size, rows, has_bias, limit, activation):
 
 OPTIONS = st.fixed_dictionaries({
     "has_bias": st.booleans(), "has_output_bias": st.sampled_from((None, True, False)),
-    "qk_norm_eps": st.sampled_from((None, 1e-3)), "clip_qkv": st.sampled_from((None, 0.7)),
+    "qk_norm_eps": st.sampled_from((None, 1e-3)), "qk_norm_over_projection": st.booleans(),
+    "qk_norm_offset": st.sampled_from((0.0, 1.0)), "fused_qkv": st.booleans(), "clip_qkv": st.sampled_from((None, 0.7)),
     "scale": st.sampled_from((None, 0.9)), "window": st.sampled_from((None, 1, 3)),
     "softcap": st.sampled_from((None, 1.5)), "has_sinks": st.booleans()})
 
@@ -250,15 +251,16 @@ def decoders(draw, most_ranks=8):
     heads, kv_heads, dim, size = draw(head_counts())
     size = min(size, most_ranks)
     vocab = draw(st.integers(2, 20))
-    flags = {name: draw(st.booleans()) for name in ("tied", "bias", "output_bias", "mlp_bias", "qk_norm", "sinks",
-                                                    "layer_norm", "overlap")}
+    flags = {name: draw(st.booleans()) for name in ("tied", "bias", "output_bias", "mlp_bias", "sinks",
+                                                    "layer_norm", "overlap", "fused")}
     maybe = {"clip": 1.0, "scale": 0.6, "softcap": 2.0, "swiglu_limit": 0.7, "logit_softcapping": 2.5}
     spec = Spec(
         vocab=vocab, hidden=draw(st.integers(2, 10)), heads=heads, kv_heads=kv_heads, head_dim=dim,
         width=draw(st.integers(1, 12)), layers=draw(st.integers(1, 3)),
         window=tuple(draw(st.lists(st.sampled_from((None, 2, 4)), min_size=1, max_size=2))),
         rotary=tuple(draw(st.lists(st.sampled_from(("half", "interleaved", "none")), min_size=1, max_size=2))),
-        norm_offset=draw(st.sampled_from((0.0, 1.0))), embedding_multiplier=draw(st.sampled_from((1.0, 2.5))),
+        qk_norm=draw(st.sampled_from((None, "head", "projection"))),
+        norms=draw(st.sampled_from(("pre", "post", "both", "parallel"))), norm_offset=draw(st.sampled_from((0.0, 1.0))), embedding_multiplier=draw(st.sampled_from((1.0, 2.5))),
         residual_multiplier=draw(st.sampled_from((1.0, 0.4))), logits_scaling=draw(st.sampled_from((1.0, 3.0))),
         **flags, **{name: draw(st.sampled_from((None, value))) for name, value in maybe.items()})
     prompts = draw(st.lists(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=7), min_size=1, max_size=3))

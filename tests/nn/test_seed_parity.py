@@ -464,7 +464,7 @@ def test_each_layer_has_its_own_layout(rotary, n):
 
 @pytest.mark.parametrize("n", (3, 5, 6, 7))
 def test_eight_key_value_heads_on_an_uneven_number_of_devices(n):
-    spec = Spec(heads=16, kv_heads=8, head_dim=2, qk_norm=True, sinks=True, bias=True)
+    spec = Spec(heads=16, kv_heads=8, head_dim=2, qk_norm="head", sinks=True, bias=True)
     model = build(spec, cpus(n))
     values = fill(model)
     close(forward(model)[0], all_by_hand(values, spec).logits[ends()], 1e-4)
@@ -484,7 +484,7 @@ def test_key_value_heads_are_replicated_where_ranks_outnumber_them(kv_heads, n, 
         assert params.local_kv_heads(n, rank) == shard.n_kv_heads == len(heads)
 
 
-@pytest.mark.parametrize("option", [dict(qk_norm=True), dict(clip=0.3), dict(scale=1.3), dict(window=(2, None)),
+@pytest.mark.parametrize("option", [dict(qk_norm="head"), dict(clip=0.3), dict(scale=1.3), dict(window=(2, None)),
                                     dict(softcap=0.7), dict(sinks=True), dict(bias=True), dict(output_bias=True)],
                          ids=str)
 @pytest.mark.parametrize("n", (2, 3, 5))

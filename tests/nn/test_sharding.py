@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutp.errors import ConfigError
-from cutp.nn.sharding import EvenSegment, FirstRankSegment, HeadSegment, ShardingStrategy, qkv_segments
+from cutp.nn.sharding import EvenSegment, HeadSegment, OwnerSegment, ShardingStrategy, qkv_segments
 
 SIZES = (1, 2, 3, 4, 8)
 S = ShardingStrategy
@@ -80,7 +80,7 @@ def test_stacked_qkv_of_plain_multi_head_attention():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_segmented_divides_every_segment_by_itself(size):
-    strategy = S.segmented(size, 0, [EvenSegment(5), FirstRankSegment(2), HeadSegment(8, 3)])
+    strategy = S.segmented(size, 0, [EvenSegment(5), OwnerSegment(2), HeadSegment(8, 3)])
     held_by_all = [held(strategy, (31,), rank) for rank in range(size)]
     assert sorted(i for indices in held_by_all for i in indices) == list(range(31))
     for rank, indices in enumerate(held_by_all):
@@ -93,7 +93,7 @@ def test_segmented_divides_every_segment_by_itself(size):
 def test_segment_lengths():
     assert [segment.length for segment in qkv_segments(6, 4, 2)] == [24, 8, 8]
     assert [segment.length for segment in qkv_segments(6, 4)] == [24, 24, 24]
-    assert (EvenSegment(5).length, FirstRankSegment(3).length) == (5, 3)
+    assert (EvenSegment(5).length, OwnerSegment(3).length) == (5, 3)
 
 
 @pytest.mark.parametrize("strategy, shape", [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutp.ops.linear import linear
+from cutp.ops.linear import linear, linear_per_head
 
 pytestmark = pytest.mark.filterwarnings("error")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -49,3 +49,21 @@ def test_bias_is_added_before_the_rounding():
     # 257 lies between the bfloat16 values 256 and 258: rounded first it would become 256, and stay 256.
     y = linear(np.array([[256, 1]], bfloat16), np.ones((1, 2), np.float32), np.array([0.5], np.float32))
     assert y[0, 0] == 258
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 6), st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_every_head_has_its_matrix(t, heads, k, n, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((t, heads, k)).astype(np.float32)
+    weight = rng.standard_normal((heads, n, k)).astype(np.float32)
+    got = linear_per_head(x, weight)
+    assert got.shape == (t, heads, n) and got.dtype == np.float32
+    for h in range(heads):
+        np.testing.assert_allclose(got[:, h], reference(x[:, h], weight[h], None), rtol=1e-5, atol=1e-5)
+
+
+def test_sum_per_head_is_rounded_once():
+    x = np.array([[[256, 1, 1]]], bfloat16)  # 256 + 1 is no bfloat16 number, 256 + 2 is
+    got = linear_per_head(x, np.ones((1, 1, 3), np.float32))
+    assert got.dtype == bfloat16 and got[0, 0, 0] == 258

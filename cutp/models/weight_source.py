@@ -1,0 +1,126 @@
+"""Where a weight comes from: a tensor of the checkpoint, or a part of one that is stored in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cutp.checkpoint.checkpoint import Checkpoint
+from cutp.checkpoint.mxfp4 import BLOCK_BYTES, BLOCK_SIZE, dequantize_mxfp4
+from cutp.errors import ShapeMismatchError, UnsupportedModelError
+from cutp.nn.module import Weight
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+class WeightSource(Protocol):
+    """How a weight is read. A source reads what the rank's share needs, and no more than a block around it."""
+
+    def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
+        """The names of the tensors that hold a weight of `shape`, after their headers have been held against it.
+
+        Raises MissingTensorError, ShapeMismatchError, UnsupportedModelError (a dtype).
+        """
+
+    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+        """The share of `weight`, of its local shape, in any float dtype."""
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor called `name`, of the weight's own shape."""
+
+    name: str
+
+    def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
+        check_tensor(checkpoint, self.name, shape)
+        return [self.name]
+
+    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+        return checkpoint.read(self.name, weight.axis, weight.ranges)
+
+
+@dataclass(frozen=True)
+class StackedExpert:
+    """One expert's matrix or bias, of a tensor `name` that stacks those of all experts along axis 0.
+
+    interleaved: its rows are those of gate and up projection in turn; the weight has the rows of the gate first. A
+    matrix lies transposed, [in, out], in `name`; or, quantized as MXFP4, in `name`_blocks uint8 [experts, out, in / 32,
+    16] and `name`_scales uint8 [experts, out, in / 32] (GptOss).
+    """
+
+    name: str
+    expert: int
+    interleaved: bool = False
+
+    def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
+        if not self._is_quantized(checkpoint):
+            self._check_stack(checkpoint, self.name, tuple(reversed(shape)))
+            return [self.name]
+        rows, columns = shape
+        if columns % BLOCK_SIZE:
+            raise ShapeMismatchError(f"{self.name}_blocks in {checkpoint.directory}: config.json describes rows of "
+                                     f"{columns} numbers, which are no whole blocks of {BLOCK_SIZE}")
+        scales = (rows, columns // BLOCK_SIZE)
+        self._check_stack(checkpoint, self._blocks, (*scales, BLOCK_BYTES), ("uint8",))
+        self._check_stack(checkpoint, self._scales, scales, ("uint8",))
+        return [self._blocks, self._scales]
+
+    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+        index = [np.arange(length) for length in weight.shape]
+        if weight.ranges is not None:
+            index[weight.axis] = np.concatenate([np.arange(start, stop) for start, stop in weight.ranges])
+        if self.interleaved:
+            half = weight.shape[0] // 2
+            index[0] = np.where(index[0] < half, 2 * index[0], 2 * (index[0] - half) + 1)
+        # The stored rows and columns from the first to the last that is needed, then those that are.
+        bounds = [(int(part.min()), int(part.max()) + 1) for part in index]
+        box = self._read_box(checkpoint, weight.shape, bounds)
+        return box[np.ix_(*(part - start for part, (start, _) in zip(index, bounds, strict=True)))]
+
+    def _read_box(self, checkpoint: Checkpoint, shape: tuple[int, ...],
+                  bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The rows and columns within `bounds`, of which one at most is less than all there are."""
+        axis = next((i for i, bound in enumerate(bounds) if bound != (0, shape[i])), 0)
+        if not self._is_quantized(checkpoint):
+            stored_axis = len(shape) - 1 - axis
+            return checkpoint.read(self.name, stored_axis, [bounds[axis]], self.expert).T
+        start, stop = bounds[axis]
+        if axis == 1:
+            start, stop = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
+        blocks, scales = (checkpoint.read(name, axis, [(start, stop)], self.expert)
+                          for name in (self._blocks, self._scales))
+        values = dequantize_mxfp4(blocks, scales)
+        first = start * BLOCK_SIZE if axis == 1 else 0
+        return values[:, bounds[1][0] - first : bounds[1][1] - first]
+
+    def _check_stack(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...],
+                     dtypes: tuple[str, ...] = _FLOATS) -> None:
+        # How many experts there must be is known from the router.
+        found = checkpoint.info(name).shape
+        check_tensor(checkpoint, name, (max(found[0] if found else 0, self.expert + 1), *shape), dtypes)
+
+    def _is_quantized(self, checkpoint: Checkpoint) -> bool:
+        return self._blocks in checkpoint
+
+    @property
+    def _blocks(self) -> str:
+        return f"{self.name}_blocks"
+
+    @property
+    def _scales(self) -> str:
+        return f"{self.name}_scales"
+
+
+def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = _FLOATS) -> None:
+    """Raises MissingTensorError, ShapeMismatchError or UnsupportedModelError unless `name` has `shape` and a dtype."""
+    info = checkpoint.info(name)
+    if tuple(info.shape) != tuple(shape):
+        raise ShapeMismatchError(f"tensor {name!r} in {checkpoint.directory} has shape {list(info.shape)}, "
+                                 f"config.json describes {list(shape)}")
+    if info.dtype.name not in dtypes:
+        raise UnsupportedModelError(f"tensor {name!r} in {checkpoint.directory} holds {info.dtype.name} values; "
+                                    f"it must be one of {', '.join(dtypes)}")
