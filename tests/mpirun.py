@@ -42,6 +42,16 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return env
 
 
+def mpirun_command(n: int) -> list[str]:
+    """What stands before a program to run `n` ranks of it."""
+    mpirun = find_mpirun()
+    assert mpirun is not None, "mpirun not found: mark the test with needs_mpirun"
+    command = [mpirun, "-n", str(n)]
+    if _is_open_mpi(mpirun):
+        command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    return command
+
+
 def run_mpi(
     n: int, argv: Sequence[str | os.PathLike[str]], *, timeout: float = 60, env: Mapping[str, str] | None = None,
     stdin: str | None = None,
@@ -51,12 +61,7 @@ def run_mpi(
     `env` adds to a cleaned environment; `stdin` is the text on standard input (default: none). After `timeout`
     seconds all processes are killed and AssertionError is raised, with the output so far.
     """
-    mpirun = find_mpirun()
-    assert mpirun is not None, "mpirun not found: mark the test with needs_mpirun"
-    command = [mpirun, "-n", str(n)]
-    if _is_open_mpi(mpirun):
-        command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
-    command += [os.fspath(a) for a in argv]
+    command = [*mpirun_command(n), *(os.fspath(a) for a in argv)]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace", env=clean_environment(env), start_new_session=True,

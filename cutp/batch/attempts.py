@@ -7,6 +7,7 @@ start, so that two jobs that run in one directory after all never write to the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -83,18 +84,18 @@ class OwnAttempt:
         return os.path.exists(self._directory / f"attempt-{self.number + 1}.jsonl")
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Says how it ended, and stops the heart; a second call does nothing."""
+        """Stops the heart, and says how it ended where the disk lets it; a second call does nothing.
+
+        Without the word of its end a later start looks whether the process is there, as after a kill.
+        """
         if self._stopped.is_set():
             return
         self._stopped.set()
         self._heart.join()
-        try:
+        with contextlib.suppress(OSError):
             os.write(self._fd, to_line({"ended": int(time.time()), **result}))
             os.fsync(self._fd)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        finally:
-            os.close(self._fd)
+        os.close(self._fd)
 
     def _beat(self, seconds: float) -> None:
         while not self._stopped.wait(seconds):

@@ -1,4 +1,4 @@
-"""A corpus job on all ranks: meet, hand out records, work until the next meeting, until all is done or it is time to stop.
+"""A corpus job on all ranks: meet, hand out records, work until the next meeting; until all is done or time is up.
 
 At a meeting every rank tells every other what it has finished and whether it must stop or has failed; from these equal
 numbers all compute the same decision. Only texts go another way: rank 0 reads them and sends each replica its own.
@@ -94,7 +94,7 @@ class _Loop:
         self._target = 2 * EngineOptions().max_running
         self._between, self._finished = _FIRST_MEETING, 0
         self._counts = JobCounts(facts.done, facts.settled, facts.pending)
-        self._rates, self._job_rates = Rates(), Rates()
+        self._rates, self._job_rates, self._job_tokens = Rates(), Rates(), (0, 0)
         self._began = self._last_report = self._last_sync = time.monotonic()
 
     def run(self) -> tuple[int, JobCounts]:
@@ -190,31 +190,32 @@ class _Loop:
             self._last_report = now
             self._report()
 
-    def _report(self) -> None:
-        """A line of metrics of this replica, and what rank 0 says of the job."""
+    def _report(self, *, last: bool = False) -> None:
+        """A line of metrics of this replica, and what rank 0 says of the job; the last one gives rates over all."""
         if self._job is not None:
-            rates = self._job_rates.advance(*self._job_tokens)
-            self._progress.report(self._counts, rates)
+            rates = (self._job_rates.overall if last else self._job_rates.advance)(*self._job_tokens)
+            self._progress.report(self._counts, rates, last=last)
         if self._is_first and self._worker.error is None:
             try:
-                self._metrics.append(self._metrics_line())
+                self._metrics.append(self._metrics_line(last))
             except CutpError as error:
                 self._worker.error = error
 
-    def _metrics_line(self) -> dict[str, Any]:
+    def _metrics_line(self, last: bool) -> dict[str, Any]:
         stats = self._llm.stats()
-        rates = self._rates.advance(stats["prompt_tokens"], stats["generated_tokens"])
+        rates = (self._rates.overall if last else self._rates.advance)(stats["prompt_tokens"],
+                                                                       stats["generated_tokens"])
         return {"time": round(time.time(), 3), "elapsed_s": round(time.monotonic() - self._began, 3),
                 "load_s": round(self._load_seconds, 3), "replica": self._replicas.index,
                 "ranks": self._replicas.group.size, "prompt_tokens": stats["prompt_tokens"],
                 "generated_tokens": stats["generated_tokens"], "prompt_tokens_per_s": round(rates[0], 2),
                 "generated_tokens_per_s": round(rates[1], 2), "running": stats["running"],
-                "waiting": stats["waiting"], "done": self._worker.done, "failed": self._worker.failed,
+                "waiting": stats["waiting"], "last": last, "done": self._worker.done, "failed": self._worker.failed,
                 "outstanding": self._worker.outstanding, **peak_memory(), "job": self._counts.to_dict()}
 
     def _end(self, reason: str) -> tuple[int, JobCounts]:
         """Makes all lines durable, on all ranks or with an error on all, and says how it ended."""
-        self._report()
+        self._report(last=True)
         with self._replicas.comm.host.agree("writing the results"):
             if self._worker.error is not None:
                 raise self._worker.error

@@ -42,7 +42,6 @@ class JobOptions:
     time_limit: str | None = None
     margin: str | None = None
     interval: float = 30.0
-    metrics: str | None = None
 
 
 @dataclass

@@ -26,14 +26,19 @@ class JobCounts:
 
 
 class Rates:
-    """Tokens a second since the last question, from counters that only grow."""
+    """Tokens a second since the last question, from counters that only grow; and over all."""
 
     def __init__(self):
-        self._time = time.monotonic()
+        self._began = self._time = time.monotonic()
         self._counts = (0, 0)
 
+    def overall(self, prompt_tokens: int, generated_tokens: int) -> tuple[float, float]:
+        """(prompt, generated) tokens a second since this object was made."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return prompt_tokens / seconds, generated_tokens / seconds
+
     def advance(self, prompt_tokens: int, generated_tokens: int) -> tuple[float, float]:
-        """(prompt, generated) tokens a second since the last call, or since this object was made."""
+        """The same since the last call, or since this object was made."""
         now = time.monotonic()
         seconds = max(now - self._time, 1e-9)
         rates = ((prompt_tokens - self._counts[0]) / seconds, (generated_tokens - self._counts[1]) / seconds)
@@ -62,8 +67,8 @@ class Progress:
         if self._shown and self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=counts.records, initial=counts.done + counts.failed, unit="record", file=self._stream,
-                             dynamic_ncols=True)
+            self._bar = tqdm(total=counts.records, initial=counts.done + counts.failed, unit="record",
+                             file=self._stream, dynamic_ncols=True)
 
     def update(self, counts: JobCounts) -> None:
         """Moves the bar; nothing where there is none."""
@@ -71,11 +76,11 @@ class Progress:
             self._bar.set_postfix(failed=counts.failed, refresh=False)
             self._bar.update(counts.done + counts.failed - self._bar.n)
 
-    def report(self, counts: JobCounts, rates: tuple[float, float]) -> None:
-        """A plain line, where there is no bar that says the same."""
-        if self._bar is None:
-            self.say(f"{counts.done} of {counts.records} records done, {counts.failed} failed, {counts.remaining} left; "
-                     f"{rates[0]:.0f} prompt and {rates[1]:.0f} generated tokens/s")
+    def report(self, counts: JobCounts, rates: tuple[float, float], *, last: bool = False) -> None:
+        """A plain line, where there is no bar that says the same; the last one always."""
+        if self._bar is None or last:
+            self.say(f"{counts.done} of {counts.records} records done, {counts.failed} failed, {counts.remaining} "
+                     f"left; {rates[0]:.0f} prompt and {rates[1]:.0f} generated tokens/s")
 
     def close(self) -> None:
         if self._bar is not None:

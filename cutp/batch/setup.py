@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from cutp.batch.walltime import default_margin, parse_duration, seconds_left
 from cutp.comm.communicator import Communicator
 from cutp.errors import CutpError, OutputError
 
-_STARTED = time.monotonic()
-
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What every rank knows of a prepared job. pending, done, settled: numbers of records. name: of this start's file."""
+    """What every rank knows of a prepared job; pending, done, settled: numbers of records; name: this start's file."""
 
     attempt: int
     name: str
@@ -68,7 +65,6 @@ def take_time_limit(comm: Communicator, options: JobOptions, stop: StopFlag) -> 
     with comm.host.agree("finding the time limit"):
         if options.time_limit is None or comm.rank != 0:
             return
-        used = time.monotonic() - _STARTED
-        left = seconds_left() if options.time_limit == "auto" else parse_duration(options.time_limit) - used
+        left = seconds_left() if options.time_limit == "auto" else parse_duration(options.time_limit) - stop.age
         margin = default_margin(left) if options.margin is None else parse_duration(options.margin)
         stop.stop_after(left - margin)

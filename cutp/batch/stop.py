@@ -23,6 +23,7 @@ class StopFlag:
     """
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS):
+        self._made = time.monotonic()
         self.signal: int | None = None
         self.deadline: float | None = None
         self.given_up: str | None = None
@@ -40,6 +41,11 @@ class StopFlag:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return "the time limit"
         return None
+
+    @property
+    def age(self) -> float:
+        """Seconds since this object was made, which is the first thing a job does."""
+        return time.monotonic() - self._made
 
     def stop_after(self, seconds: float) -> None:
         """Stop once so many seconds from now have passed."""

@@ -1,8 +1,9 @@
 """Times every kernel at the shapes of an 8B model: `python -m cutp.bench.kernels [--json] [--only TEXT]`.
 
 Shapes: width 4096, 32 query and 8 key-value heads of 128, feed-forward 14336, vocabulary 128256, bfloat16, pages of 64
-tokens. Bytes are those that must be moved. Kernels are held against what this GPU reads, and prefill attention against
-what cuBLASLt computes, both measured in the same run.
+tokens; of mixtures of experts those of Mixtral-8x7B and Qwen3-30B-A3B. Bytes are those that must be moved, of experts
+those of the ones that are used. Kernels are held against what this GPU reads, and prefill against what cuBLASLt
+computes, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from cutp.bench.timing import copies_beyond_cache, microseconds
 from cutp.ops.activation_cuda import gated_activation
 from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor, decode_attention, decode_plan, decode_workspace
 from cutp.ops.embedding_cuda import embedding
+from cutp.ops.grouped_gemm_cuda import grouped_linear
+from cutp.ops.moe import expert_rows as sort_on_cpu
+from cutp.ops.moe_cuda import combine_experts, expert_rows
+from cutp.ops.moe_routing_cuda import route_softmax
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.residual_cuda import residual_add
 from cutp.ops.rms_norm_cuda import add_rms_norm, rms_norm
@@ -38,6 +43,9 @@ TOKENS = (1, 8, 32, 4096)
 BATCHES = (1, 8, 32)
 CONTEXTS = (1024, 8192, 32768)
 PROMPTS = (1024, 4096, 16384)
+# Experts, chosen experts, width and feed-forward of one expert.
+MIXTURES = {"Mixtral-8x7B": (8, 2, 4096, 14336), "Qwen3-30B-A3B": (128, 8, 2048, 768)}
+MIXTURE_TOKENS = (1, 8, 32, 2048)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,50 @@ def prefill_cases() -> Iterator[Case]:
         yield Case("prefill_attention", f"T={t}", 2.0 * t * t * HEADS * HEAD_DIM, make, flops=True)
 
 
+def mixture_cases() -> Iterator[Case]:
+    """A mixture of experts, step by step, with experts chosen at random; from 256 tokens on products count FLOP."""
+    cupy = cuda.cupy()
+    for name, (count, top_k, dim, width) in MIXTURES.items():
+        for t in MIXTURE_TOKENS:
+            chosen = np.random.default_rng(4).random((t, count)).argsort(axis=1)[:, :top_k].astype(np.int32)
+            rows, used = t * top_k, len(np.unique(chosen))
+
+            def route(t=t, count=count, top_k=top_k):
+                logits = normal((t, count))
+                experts, weights = cupy.empty((t, top_k), np.int32), cupy.empty((t, top_k), np.float32)
+                return lambda: route_softmax(logits, top_k, renormalize=True, experts=experts, weights=weights)
+
+            def sort(chosen=chosen, count=count):
+                experts, tokens = cupy.asarray(chosen), cupy.empty(chosen.size, np.int32)
+                offsets, positions = cupy.empty(count + 1, np.int32), cupy.empty(chosen.shape, np.int32)
+                return lambda: expert_rows(experts, 0, count, tokens=tokens, offsets=offsets, positions=positions)
+
+            def product(n, k, gathered, chosen=chosen, count=count):
+                sorted_rows = sort_on_cpu(chosen, 0, count)
+                offsets = cupy.asarray(sorted_rows.offsets)
+                tokens = cupy.asarray(sorted_rows.tokens) if gathered else None
+                x, w = normal((len(chosen) if gathered else chosen.size, k)), normal((count, n, k))
+                out = cupy.empty((chosen.size, n), bfloat16)
+                return lambda: grouped_linear(x, w, offsets, tokens=tokens, out=out)
+
+            def combine(chosen=chosen, count=count, dim=dim):
+                positions = cupy.asarray(sort_on_cpu(chosen, 0, count).positions)
+                y, weights = normal((chosen.size, dim)), normal(chosen.shape, np.float32)
+                out = cupy.empty((len(chosen), dim), bfloat16)
+                return lambda: combine_experts(y, positions, weights, out=out)
+
+            case = f"{name} T={t}"
+            yield Case("moe_route", case, 2.0 * t * count + 8.0 * rows, route)
+            yield Case("moe_expert_rows", case, 12.0 * rows, sort)
+            for part, n, k in (("gate_up", 2 * width, dim), ("down", dim, width)):
+                moved = 2.0 * (used * n * k + (t if part == "gate_up" else rows) * k + rows * n)
+                flops = t >= 256
+                yield Case("moe_grouped_gemm", f"{case} {part}", 2.0 * rows * n * k if flops else moved,
+                           lambda n=n, k=k, gathered=part == "gate_up", product=product: product(n, k, gathered),
+                           flops=flops)
+            yield Case("moe_combine", case, 2.0 * dim * (rows + t), combine)
+
+
 def sampling_cases() -> Iterator[Case]:
     """Greedy and top-p sampling over the whole vocabulary on one rank; the bytes are the logits read once."""
     cupy = cuda.cupy()
@@ -210,11 +262,12 @@ def main() -> None:
     head = {"read_gbps": round(limits.read_gbps, 1), "matmul_tflops": round(limits.matmul_tflops, 1)}
     print(json.dumps(head) if args.json else f"this GPU: reads {limits.read_gbps:.0f} GB/s, "
           f"cuBLASLt 8192^3 {limits.matmul_tflops:.0f} TFLOP/s", flush=True)
-    for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases(), *sampling_cases()):
+    for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases(), *mixture_cases(),
+                 *sampling_cases()):
         if args.only not in case.kernel:
             continue
         r = measure(case, limits)
-        print(json.dumps(asdict(r)) if args.json else f"{r.kernel:<18} {r.case:<26} {r.microseconds:9.1f} us "
+        print(json.dumps(asdict(r)) if args.json else f"{r.kernel:<18} {r.case:<30} {r.microseconds:9.1f} us "
               f"{r.rate:8.1f} {r.unit:<8} {r.percent:5.1f} %", flush=True)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cutp import __version__
-from cutp.cli import generate, info, score
+from cutp.cli import batch, batch_merge, batch_status, generate, info, score
 from cutp.cli.failure import exit_code_of
 
-COMMANDS = (generate, score, info)
+COMMANDS = (generate, batch, batch_status, batch_merge, score, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cutp {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", " ")
         subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP, epilog=command.EXAMPLE,
                                           formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         command.add_arguments(subparser)
@@ -29,9 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 2 usage or request, 3 model, 4 memory, 5 communication, 1 anything else."""
-    args = build_parser().parse_args(argv)
+    """Runs one command and exits: 0 done, 2 usage or request, 3 model, 4 memory, 5 communication, 1 anything else;
+    `cutp batch` also with 6 (done, with error records) and 75 (stopped early, to be started again).
+    """
+    args = build_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     sys.exit(exit_code_of(args.run, args))
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`argv` with a command of two words, such as `batch status`, as one; `batch ./status` is a model of that name."""
+    two = " ".join(argv[:2])
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    return [two, *argv[2:]] if len(argv) > 1 and two.replace(" ", "_") in names and " " in two else list(argv)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -126,7 +126,8 @@ class Workload:
             request_id = self._take_id()
             if replica == self.replicas.index and first < len(ids):
                 # The last token is only predicted, so it is not fed; it still counts to the length of the text.
-                requests.append(Request(request_id, key, None, ids[:-1], len(ids), share_prefix=self._share_prefix,
+                reach = min(len(ids), self.core.scheduler.max_len)
+                requests.append(Request(request_id, key, None, ids[:-1], reach, share_prefix=self._share_prefix,
                                         scores=PromptScores(first - 1, ids[first:])))
         self._run(requests)
         results: list[tuple[list[float], list[bool]]] = [([], [])] * len(prepared)

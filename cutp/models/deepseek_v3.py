@@ -1,6 +1,7 @@
 """DeepSeek-V3 (`DeepseekV3ForCausalLM`): multi-head latent attention, experts chosen inside groups by sigmoid scores.
 
 Layers for multi-token prediction, which released checkpoints hold after the last one, are not part of the model.
+Quantized weights of released checkpoints are read as `dtype` numbers, and everything is computed in `dtype`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from cutp.checkpoint.config import ModelConfig
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import UnsupportedModelError
 from cutp.kv_cache.params import KVCacheParams
-from cutp.models.decoder import DecoderBuilder
+from cutp.models.block_scaled_tensor import BlockScaledTensor, check_block_size
+from cutp.models.decoder import DecoderBuilder, checkpoint_name
 from cutp.models.decoder_config import DecoderConfig
 from cutp.models.registry import ModelFamily
 from cutp.nn.distributed_transformer import DistributedTransformer
@@ -44,9 +46,10 @@ class DeepseekV3Config(DecoderConfig):
     def of(cls, config: ModelConfig) -> DeepseekV3Config:
         """The sizes in `config`; UnsupportedModelError for what only DeepSeek's own code has."""
         for key, value in _ONLY.items():
-            if config.raw.get(key, value) != value:
+            if config.raw.get(key) not in (None, value):
                 raise UnsupportedModelError(f"{config.path}: {key} {config.raw[key]!r} is not implemented for "
                                             f"DeepseekV3ForCausalLM, only {value!r}")
+        check_block_size(config)
         n_heads = config.positive_int("num_attention_heads")
         rope_dim = config.positive_int("qk_rope_head_dim", 64)
         config.choice("num_key_value_heads", (n_heads,), n_heads)  # every head has its own key and value
@@ -108,4 +111,10 @@ def build(config: ModelConfig, devices: DeviceGroup, dtype: np.dtype, page_size:
                       rope=rope, kv_params=kv_params)
 
 
-FAMILIES = (ModelFamily("DeepseekV3ForCausalLM", "deepseek_v3", DeepseekV3Config.of, build),)
+def source(name: str) -> BlockScaledTensor:
+    """Where a weight comes from."""
+    return BlockScaledTensor(checkpoint_name(name))
+
+
+FAMILIES = (ModelFamily("DeepseekV3ForCausalLM", "deepseek_v3", DeepseekV3Config.of, build, source,
+                        quantizations=("fp8",)),)

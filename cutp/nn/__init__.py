@@ -53,6 +53,7 @@ from cutp.nn.distributed_transformer import (
 )
 from cutp.nn.embedding import Embedding, VocabParallelEmbedding
 from cutp.nn.linear import ColumnParallelLinear, FusedLinear, Linear, StackedLinear
+from cutp.nn.mla import MultiHeadLatentAttention, TensorParallelMultiHeadLatentAttention
 from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, ShardableModule, Weight
 from cutp.nn.norm import LayerNorm, RMSNorm, ShardedRMSNorm
@@ -80,6 +81,7 @@ __all__ = [
     "Linear",
     "MLP",
     "Module",
+    "MultiHeadLatentAttention",
     "PagedKVCache",
     "RMSNorm",
     "RaggedBatch",
@@ -94,6 +96,7 @@ __all__ = [
     "ShardingStrategy",
     "StackedLinear",
     "TensorParallelAttentionWithRope",
+    "TensorParallelMultiHeadLatentAttention",
     "VocabParallelEmbedding",
     "Weight",
     "allocate_caches",

@@ -57,28 +57,53 @@ activation(const scalar_t* x, scalar_t* out, i64 count, int kind) {
     store_activations(out + first, here, values);
 }
 
-// out[rows, columns] = round(act(gate)) * up, where gate_up[rows, 2 * columns] has the gate in its first columns.
-// blockIdx.x is the row. gate is clamped to at most `limit` and up to [-limit, limit]: infinity clamps nothing.
+// This thread's vectors of gate and up of row blockIdx.x, where gate_up[rows, 2 * columns] has the gate in its first
+// columns. gate is clamped to at most `limit` and up to [-limit, limit]: infinity clamps nothing.
+struct GateUp {
+    float gate[width], up[width];
+
+    __device__ __forceinline__ GateUp(const scalar_t* gate_up, int first, int columns, float limit) {
+        const scalar_t* in = gate_up + static_cast<i64>(blockIdx.x) * 2 * columns + first;
+        const uint4 gate_vector = load_activation(in), up_vector = load_activation(in + columns);
+        unpack<scalar_t>(gate_vector, gate);
+        unpack<scalar_t>(up_vector, up);
+#pragma unroll
+        for (int i = 0; i < width; i++) {
+            // Comparisons instead of fminf and fmaxf: a NaN must stay one.
+            gate[i] = gate[i] > limit ? limit : gate[i];
+            up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+        }
+    }
+};
+
+__device__ __forceinline__ int first_column() { return (blockIdx.y * blockDim.x + threadIdx.x) * width; }
+
+// out[rows, columns] = round(act(gate)) * up.
 extern "C" __global__ void __launch_bounds__(256)
 gated_activation(const scalar_t* gate_up, scalar_t* out, int columns, int kind, float limit) {
-    const i64 row = blockIdx.x;
-    const int first = (blockIdx.y * blockDim.x + threadIdx.x) * width;
     pdl_wait();
     pdl_launch_dependents();
+    const int first = first_column();
     if (first >= columns) return;
-    const scalar_t* in = gate_up + row * 2 * columns + first;
-    const uint4 gate_vector = load_activation(in), up_vector = load_activation(in + columns);
-    float gate[width], up[width];
-    unpack<scalar_t>(gate_vector, gate);
-    unpack<scalar_t>(up_vector, up);
+    GateUp v(gate_up, first, columns, limit);
+    activate(kind, v.gate);
+#pragma unroll
+    for (int i = 0; i < width; i++) v.gate[i] = rounded<scalar_t>(v.gate[i]) * v.up[i];
+    store_vector(out + static_cast<i64>(blockIdx.x) * columns + first, pack<scalar_t>(v.gate));
+}
+
+// out[rows, columns] = gate * sigmoid(alpha * gate) * (up + 1), every step rounded.
+extern "C" __global__ void __launch_bounds__(256)
+clamped_swiglu(const scalar_t* gate_up, scalar_t* out, int columns, float alpha, float limit) {
+    pdl_wait();
+    pdl_launch_dependents();
+    const int first = first_column();
+    if (first >= columns) return;
+    GateUp v(gate_up, first, columns, limit);
 #pragma unroll
     for (int i = 0; i < width; i++) {
-        // Comparisons instead of fminf and fmaxf: a NaN must stay one.
-        gate[i] = gate[i] > limit ? limit : gate[i];
-        up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+        const float share = rounded<scalar_t>(sigmoid(rounded<scalar_t>(v.gate[i] * alpha)));
+        v.gate[i] = rounded<scalar_t>(v.up[i] + 1.0f) * rounded<scalar_t>(v.gate[i] * share);
     }
-    activate(kind, gate);
-#pragma unroll
-    for (int i = 0; i < width; i++) gate[i] = rounded<scalar_t>(gate[i]) * up[i];
-    store_vector(out + row * columns + first, pack<scalar_t>(gate));
+    store_vector(out + static_cast<i64>(blockIdx.x) * columns + first, pack<scalar_t>(v.gate));
 }

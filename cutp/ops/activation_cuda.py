@@ -1,4 +1,4 @@
-"""Launchers of activation.cu. The specifications are `activation` and `gated_activation` of `cutp.ops.activation`."""
+"""Launchers of activation.cu. The specifications are in `cutp.ops.activation`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,17 @@ def gated_activation(gate_up: Any, name: str, *, limit: float | None = None, out
     Contiguous, of one dtype (bfloat16, float16 or float32); F is a multiple of 16 bytes. `limit` clamps gate from above
     and up from both sides before the activation. ConfigError (UnsupportedModelError for `name`) otherwise.
     """
-    op, number = "gated_activation", _NUMBERS[activation_name(name)]
+    number = _NUMBERS[activation_name(name)]
+    clamp = np.float32(inf if limit is None else limit)
+    _launch_gated("gated_activation", gate_up, out, [np.int32(number), clamp], pdl)
+
+
+def clamped_swiglu(gate_up: Any, *, alpha: float = 1.702, limit: float = 7.0, out: Any, pdl: bool = False) -> None:
+    """out = gate * sigmoid(alpha * gate) * (up + 1), every step rounded; arrays as for `gated_activation`."""
+    _launch_gated("clamped_swiglu", gate_up, out, [np.float32(alpha), np.float32(limit)], pdl)
+
+
+def _launch_gated(op: str, gate_up: Any, out: Any, options: list[Any], pdl: bool) -> None:
     check_dtype(op, "gate_up", gate_up)
     check_axes(op, "gate_up", gate_up, "T, 2F")
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -58,8 +68,5 @@ def gated_activation(gate_up: Any, name: str, *, limit: float | None = None, out
     blocks = -(-vectors // threads)
     if rows > MAX_ROWS or blocks > _MAX_GRID_Y:
         raise ConfigError(f"{op}: gate_up of shape {gate_up.shape} is too large for one launch")
-    launch(
-        "activation.cu", "gated_activation", (rows, blocks), threads,
-        [gate_up, out, np.int32(columns), np.int32(number), np.float32(inf if limit is None else limit)],
-        defines=(f"DTYPE={DTYPE_DEFINES[gate_up.dtype.name]}",), pdl=pdl,
-    )
+    launch("activation.cu", op, (rows, blocks), threads, [gate_up, out, np.int32(columns), *options],
+           defines=(f"DTYPE={DTYPE_DEFINES[gate_up.dtype.name]}",), pdl=pdl)

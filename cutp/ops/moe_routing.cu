@@ -73,12 +73,12 @@ struct Keys {
             if (of[i] == best) of[i] = 0;
         return static_cast<int>(~static_cast<u32>(best));
     }
-    // Lane i receives the i-th best expert, lanes beyond top_k the best one.
+    // Lane i receives the i-th best expert; lanes beyond top_k some expert.
     __device__ __forceinline__ int take_best(const Routing& r) {
         int mine = 0;
         for (int slot = 0; slot < r.top_k; slot++) {
             const int best = take(r.count);
-            if (slot == 0 || lane_id() == slot) mine = best;
+            if (lane_id() == slot) mine = best;
         }
         return mine;
     }

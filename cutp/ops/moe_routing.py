@@ -24,8 +24,8 @@ def route_softmax(logits: np.ndarray, top_k: int, *, renormalize: bool) -> Routi
     """
     logits = as_float32(logits)
     experts = _largest(logits, top_k)
-    with np.errstate(invalid="ignore"):
-        e = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-np.inf))
+    with np.errstate(invalid="ignore", over="ignore"):
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights = _chosen(e, experts) / e.sum(axis=-1, keepdims=True, dtype=np.float32)
         return experts, weights / _sum(weights) if renormalize else weights
 
@@ -35,7 +35,7 @@ def route_top_k_softmax(logits: np.ndarray, top_k: int) -> Routing:
     logits = as_float32(logits)
     experts = _largest(logits, top_k)
     chosen = _chosen(logits, experts)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         e = np.exp(chosen - chosen[:, :1])
         return experts, e / _sum(e)
 

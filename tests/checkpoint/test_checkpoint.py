@@ -207,6 +207,23 @@ def test_code_of_the_checkpoint_is_never_imported(tmp_path, monkeypatch):
     assert str(tmp_path) not in sys.path
 
 
+@pytest.mark.parametrize("architectures, auto_map, accepted", [
+    (["XForCausalLM"], {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}, True),
+    (["XForCausalLM"], {"AutoModelForCausalLM": "owner/code--modeling_x.XForCausalLM"}, True),
+    (["XForCausalLM"], {"AutoModelForCausalLM": "modeling_x.YForCausalLM"}, False),
+    (["XForCausalLM"], {"AutoModel": "modeling_x.XForCausalLM"}, False),
+    (["XForCausalLM"], {"AutoModelForCausalLM": ["modeling_x.XForCausalLM"]}, False),
+    (["XForCausalLM"], ["XForCausalLM"], False),
+    (None, {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}, False)], ids=str)
+def test_code_of_the_named_architecture_is_not_needed(tmp_path, architectures, auto_map, accepted):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures, "auto_map": auto_map}))
+    if accepted:
+        assert load_config(tmp_path).has_remote_code
+    else:
+        with pytest.raises(UnsafeCheckpointError, match="never runs such code"):
+            load_config(tmp_path)
+
+
 def test_tokenizer_code_is_reported(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {}}')
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')

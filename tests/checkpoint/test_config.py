@@ -186,8 +186,9 @@ class TestGeneration:
 
     def test_values_that_ask_for_nothing_are_not_named(self, tmp_path):
         generation = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [],
-                      "min_length": 0, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1, "epsilon_cutoff": 0.0,
-                      "renormalize_logits": True, "use_cache": True, "token_healing": False}  # fmt: skip
+                      "min_length": 0, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1,
+                      "epsilon_cutoff": 0.0, "renormalize_logits": True, "use_cache": True,
+                      "token_healing": False}  # fmt: skip
         assert self.load(tmp_path, {}, generation).not_applied == ()
 
     def test_damaged_file(self, tmp_path):

@@ -105,16 +105,16 @@ def stop(greedy):
 
 def test_json(cli, tales, greedy, stop):
     params = SamplingParams(temperature=0, max_tokens=12, stop=(stop,))
-    done_first = next(index for index, _, output in tales.stream(PROMPTS, params) if output is not None)
+    done_first = next(event.index for event in tales.stream(PROMPTS, params) if event.output is not None)
     assert done_first == 1, "the case must finish out of order to say anything"
     command = ("generate", *many("-p", PROMPTS), *GREEDY, "--stop", stop, "--json")
     done = cli(*command)
     assert done.code == 0
     assert [list(line) for line in done.json] == [
-        ["index", "prompt_token_ids", "token_ids", "text", "finish_reason"]] * 3
+        ["index", "sample_index", "prompt_token_ids", "token_ids", "text", "finish_reason"]] * 3
     assert done.json == [
-        {"index": index, "prompt_token_ids": list(output.prompt_token_ids), "token_ids": list(output.token_ids),
-         "text": output.text, "finish_reason": reason}
+        {"index": index, "sample_index": 0, "prompt_token_ids": list(output.prompt_token_ids),
+         "token_ids": list(output.token_ids), "text": output.text, "finish_reason": reason}
         for index, (output, reason) in enumerate(zip(tales.generate(PROMPTS, params), ("length", "stop", "length"),
                                                      strict=True))]
     assert [done.json[i]["text"] for i in (0, 2)] == [greedy[i].text for i in (0, 2)]
@@ -154,62 +154,10 @@ def test_stream_equals_the_whole(cli, options):
 
 def test_library_stream_joins_to_the_text(tales, greedy):
     text, count = {}, 0
-    for index, piece, _ in tales.stream(PROMPTS, SamplingParams(temperature=0, max_tokens=12)):
-        text[index] = text.get(index, "") + piece
+    for event in tales.stream(PROMPTS, SamplingParams(temperature=0, max_tokens=12)):
+        text[event.index] = text.get(event.index, "") + event.text
         count += 1
     assert [text[i] for i in range(3)] == [output.text for output in greedy] and count == 36
-
-
-# ---------------------------------------------------------------- sampling
-
-def test_seed(cli):
-    command = ("generate", "-p", ONCE, "-p", PROMPTS[2], "--max-tokens", "12", "--temperature", "1")
-    runs = [cli(*command, "--seed", seed) for seed in (7, 7, 8, 2**64 - 1)]
-    assert [run.code for run in runs] == [0] * 4 and [run.err for run in runs] == [""] * 4
-    assert runs[0].out == runs[1].out and len({run.out for run in runs}) == 3
-
-
-def test_reported_seed_repeats_the_run(cli):
-    command = ("generate", "-p", ONCE, "--max-tokens", "16", "--temperature", "1.2")
-    first, second = cli(*command), cli(*command)
-    [seed] = re.findall(r"^cutp: seed (\d+) \(repeat this run with --seed \1\)$", first.err, re.M)
-    assert first.err.count("\n") == 1 and second.out != first.out
-    assert cli(*command, "--seed", seed).out == first.out
-
-
-def test_temperature_zero_has_no_seed(cli, greedy):
-    done = cli("generate", "-p", ONCE, *GREEDY)
-    assert done.err == "" and done.out == lines(greedy[1:2])
-
-
-@pytest.mark.parametrize("options", [["--top-k", "1"], ["--top-p", "1e-9"], ["--min-p", "1"]])
-def test_cut_to_the_likeliest_token_is_greedy(cli, greedy, options):
-    done = cli("generate", "-p", ONCE, "--temperature", "1.5", "--max-tokens", "12", "--seed", "3", *options)
-    assert done.out == lines(greedy[1:2])
-
-
-def test_defaults_come_from_the_checkpoint(cli, tales_copy, greedy):
-    (tales_copy / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 12}')
-    assert cli("generate", tales_copy, "-p", ONCE).out == lines(greedy[1:2])
-
-
-def test_stop(cli, greedy):
-    text = greedy[1].text
-    stop = text[len(text) // 2 :][:3]
-    [line] = cli("generate", "-p", ONCE, *GREEDY, "--stop", "no such text", "--stop", stop, "--json").json
-    assert line["text"] == text[: text.index(stop)] and line["finish_reason"] == "stop"
-    assert line["token_ids"] == list(greedy[1].token_ids)[: len(line["token_ids"])]
-
-
-def test_ignore_eos(cli, tales_copy, greedy):
-    ids = list(greedy[1].token_ids)
-    assert ids[4] not in ids[:4]
-    (tales_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, ids[4]]}))
-    command = ("generate", tales_copy, "-p", ONCE, *GREEDY, "--json")
-    [line] = cli(*command).json
-    assert (line["token_ids"], line["finish_reason"]) == (ids[:5], "stop")
-    [line] = cli(*command, "--ignore-eos").json
-    assert (line["token_ids"], line["finish_reason"]) == (ids, "length")
 
 
 # ---------------------------------------------------------------- chat

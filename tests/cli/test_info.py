@@ -10,7 +10,8 @@ from cutp import LLM, run_threads
 from tests.cli.conftest import TALES
 from tests.mpirun import clean_environment
 
-CASES = ["mha", "gqa", "gqa_6_heads_2_kv", "mqa", "tied", "biases", "head_dim", "odd_vocab", "odd_ffn"]
+CASES = ["mha", "gqa", "gqa_6_heads_2_kv", "mqa", "tied", "biases", "head_dim", "odd_vocab", "odd_ffn",
+         "deepseek_v3_released", "deepseek_v3_biases"]
 
 
 def test_text(cli):
@@ -55,6 +56,15 @@ def test_valid_sizes_are_those_that_load(cli, tiny):
     assert facts["valid_tp"] == [1, 2, 3, 4, 5, 6]
     assert cli("info", tiny("gqa_6_heads_2_kv"), "--tp", "6").code == 0
     cli("info", tiny("gqa_6_heads_2_kv"), "--tp", "7").assert_error(2, "7", "sizes 1 to 6 work")
+
+
+def test_latent_cache(cli, tiny):
+    done = cli("info", tiny("deepseek_v3_one_group"), "--tp", "3")
+    for part in ("DeepseekV3ForCausalLM", "3, which share a cached latent of 22 values a token", "264 bytes", "1 to 3"):
+        assert part in done.out
+    [facts] = cli("info", tiny("deepseek_v3_one_group"), "--json").json
+    assert (facts["latent_dim"], facts["kv_bytes_per_token_per_rank"]) == (22, [264])
+    assert cli("info", TALES, "--json").json[0]["latent_dim"] is None
 
 
 @pytest.mark.parametrize("tp", ["0", "-1", "two"])

@@ -74,6 +74,7 @@ class SimulatedEngine:
                 self.take_token(request)
         self.passes += 1
         self.check_pages()
+        assert all(self.passes < self.patience[request.id] for request in self.unfinished())
         return lines
 
     def run(self):
@@ -108,7 +109,6 @@ class SimulatedEngine:
         if request.length == request.max_total:
             self.scheduler.finish(request)
             self.finished.append(request)
-            assert self.passes < self.patience[request.id]
 
     def check_plan(self, plan, before):
         scheduler, size = self.scheduler, self.pool.page_size

@@ -54,7 +54,7 @@ def test_shapes(size, dtype):
 
 @pytest.mark.parametrize("size", (1, 3))
 def test_shape_of_a_latent_cache(size):
-    params = KVCacheParams(np.dtype(ml_dtypes.bfloat16), n_heads=3, n_kv_heads=1, head_dim=20, num_layers=2, page_size=6,
+    params = KVCacheParams(np.dtype(np.float16), n_heads=3, n_kv_heads=1, head_dim=20, num_layers=2, page_size=6,
                            latent=True)
     for rank in range(size):
         cache = PagedKVCache.allocate(params, 7, size, rank)

@@ -127,3 +127,10 @@ def test_nested_by_layer_type():
         by_layer({"rope_parameters": {"full_attention": nested["full_attention"]}})
     with pytest.raises(ModelConfigError, match=r"rope_parameters\.full_attention\.factor"):
         by_layer({"rope_parameters": {**nested, "full_attention": {"rope_type": "linear"}}})
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_mscale_all_dim_of_every_type_but_default(kind):
+    """Latent attention scales its scores by it."""
+    found = parse({"rope_scaling": {"rope_type": kind, "mscale_all_dim": 0.5, **CASES[kind][0]}})
+    assert found.mscale_all_dim == (None if kind == "default" else 0.5)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 from cutp import Communicator
+from cutp.models import registry
 from cutp.nn import DeviceGroup, RaggedBatch, allocate_caches
 from tests.mpirun import CHECKOUT, needs_mpirun, run_mpi
 
@@ -28,11 +29,16 @@ def test_handmade_transformer():
     assert [len(s) for s in sequences] == [15, 14] and sequences == unsharded_sequences()
 
 
-def unsharded_sequences():
-    """The same prompts through the same model on one device, every step from scratch."""
-    spec = importlib.util.spec_from_file_location("handmade_transformer", EXAMPLES / "handmade_transformer.py")
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def unsharded_sequences():
+    """The same prompts through the same model on one device, every step from scratch."""
+    example = module_of("handmade_transformer")
     devices = DeviceGroup.of(Communicator.single())
     model = example.build(devices)
     model.load(example.random_arrays(model))
@@ -49,3 +55,16 @@ def test_two_models():
     out = run("two_models.py", 4)
     assert out.startswith("Once upon a time")
     assert 1.0 < float(re.search(r"perplexity of the story: ([0-9.]+)", out)[1]) < 50.0
+
+
+@needs_mpirun
+def test_register_model(tmp_path, monkeypatch):
+    out = run("register_model.py", 3)
+    tokens = json.loads(re.fullmatch(r"3 ranks: (.*)\n", out)[1])
+    monkeypatch.setattr(registry, "_registered", {})
+    example = module_of("register_model")
+    example.write_checkpoint(tmp_path)
+    assert len(set(tokens)) > 5 and tokens == example.generate(Communicator.single(), tmp_path)
+    # Another window is another model: what the example says is special about it is really computed.
+    (tmp_path / "config.json").write_text(json.dumps(example.CONFIG | {"window": 2}))
+    assert tokens != example.generate(Communicator.single(), tmp_path)

@@ -64,8 +64,8 @@ def test_greedy_text_is_the_same(n):
 def test_sampled_json_is_the_same(n):
     code, out, err, _ = cutp(n, *SAMPLED)
     assert (code, out, err) == (0, alone(*SAMPLED), "")
-    outputs = in_threads(n, SamplingParams(temperature=1.1, top_p=0.95, top_k=200, min_p=0.001, seed=12345,
-                                           max_tokens=24))
+    outputs = in_threads(n, [SamplingParams(temperature=1.1, top_p=0.95, top_k=200, min_p=0.001, seed=12345 + i,
+                                            max_tokens=24) for i in range(len(PROMPTS))])
     assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [list(o.token_ids) for o in outputs]
 
 

@@ -8,9 +8,9 @@ from cutp.comm.threads import run_threads
 from cutp.errors import ConfigError
 from cutp.nn.distributed_transformer import forward_sharded_layers
 from cutp.nn.embedding import VocabParallelEmbedding
-from cutp.nn.linear import ColumnParallelLinear, Linear, gate_up_linear, qkv_linear
+from cutp.nn.linear import ColumnParallelLinear, FusedLinear, Linear, gate_up_linear, qkv_linear
 from cutp.nn.module import sharded
-from cutp.nn.sharding import ShardingStrategy
+from cutp.nn.sharding import EvenSegment, ShardingStrategy
 from tests.nn.building import DEVICE_COUNTS, close, cpus, fill
 
 float32 = np.dtype(np.float32)
@@ -230,3 +230,35 @@ def test_clip_weight(n):
         part.load({"weight": weight})
     got = np.concatenate([part(x) for part in parts], axis=1)
     np.testing.assert_array_equal(got.T, np.clip(weight, -0.5, 0.5))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("n", (1, 2, 3, 4))
+def test_one_weight_for_several_matrices(n, has_bias):
+    """The same numbers as stacked matrices of their own, divided each by itself."""
+    for make, names in ((lambda fused: qkv_linear(7, 6, 2, 3, float32, has_bias=has_bias, fused=fused), "qkv"),
+                        (lambda fused: gate_up_linear(7, 5, float32, has_bias=has_bias, fused=fused), ("gate", "up"))):
+        stacked, fused = make(False), make(True)
+        values = fill(stacked)
+        kinds = ("weight", "bias") if has_bias else ("weight",)
+        joined = {kind: np.concatenate([values[f"{name}_proj.{kind}"] for name in names]) for kind in kinds}
+        assert {name: weight.shape for name, weight in fused.named_weights()} == {
+            kind: array.shape for kind, array in joined.items()}
+        fused.load(joined)
+        x = inputs(4, 7)
+        np.testing.assert_array_equal(fused(x), stacked(x))
+        assert fused.out_dims == stacked.out_dims
+        strategy = ShardingStrategy.tensor_parallel(n)
+        for a, b in zip(sharded(fused, strategy, cpus(n)), sharded(stacked, strategy, cpus(n)), strict=True):
+            assert a.out_dims == b.out_dims and a.out_dim == sum(b.out_dims)
+            np.testing.assert_array_equal(a(x), b(x))
+        for replica in sharded(fused, ShardingStrategy.replicate(n), cpus(n)):
+            np.testing.assert_array_equal(replica(x), stacked(x))
+
+
+def test_a_fused_weight_is_not_divided_across_its_matrices():
+    with pytest.raises(ConfigError, match="FusedLinear cannot be sharded by strategy 'rowwise'"):
+        sharded(FusedLinear(4, [EvenSegment(3)] * 2, float32), ShardingStrategy.rowwise(2), cpus(2))
+    # Six rows in two halves of three are another layer than in parts of two and four.
+    one, other = (FusedLinear(4, [EvenSegment(a), EvenSegment(6 - a)], float32) for a in (3, 2))
+    assert one.signature() != other.signature()

@@ -260,7 +260,8 @@ def decoders(draw, most_ranks=8):
         window=tuple(draw(st.lists(st.sampled_from((None, 2, 4)), min_size=1, max_size=2))),
         rotary=tuple(draw(st.lists(st.sampled_from(("half", "interleaved", "none")), min_size=1, max_size=2))),
         qk_norm=draw(st.sampled_from((None, "head", "projection"))),
-        norms=draw(st.sampled_from(("pre", "post", "both", "parallel"))), norm_offset=draw(st.sampled_from((0.0, 1.0))), embedding_multiplier=draw(st.sampled_from((1.0, 2.5))),
+        norms=draw(st.sampled_from(("pre", "post", "both", "parallel"))),
+        norm_offset=draw(st.sampled_from((0.0, 1.0))), embedding_multiplier=draw(st.sampled_from((1.0, 2.5))),
         residual_multiplier=draw(st.sampled_from((1.0, 0.4))), logits_scaling=draw(st.sampled_from((1.0, 3.0))),
         **flags, **{name: draw(st.sampled_from((None, value))) for name, value in maybe.items()})
     prompts = draw(st.lists(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=7), min_size=1, max_size=3))

@@ -5,7 +5,7 @@ import pytest
 
 from cutp.errors import ConfigError, UnsupportedModelError
 from cutp.ops import activation as reference
-from cutp.ops.activation_cuda import activation, gated_activation
+from cutp.ops.activation_cuda import activation, clamped_swiglu, gated_activation
 from tests.emulation.emulator import needs_compiler
 from tests.ops.kernel_results import (
     DTYPES,
@@ -125,9 +125,43 @@ def test_the_limit_clamps_gate_from_above_and_up_from_both_sides(device):
     np.testing.assert_array_equal(got, [[12, -16, 16, 0, 8, np.nan, np.nan, -2]])
 
 
+def clamped(device, gate_up, **options):
+    out = device.poisoned((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
+    clamped_swiglu(*read_only(device, gate_up), out=out, **options)
+    return device.numpy(out)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.75, "limit": 2.5}, {"limit": 1000.0}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clamped_swiglu(device, dtype, options):
+    x = values(8, (5, 2 * 344), dtype)
+    got, expected = clamped(device, x, pdl=True, **options), reference.clamped_swiglu(x, **options)
+    # A sigmoid that rounds to its neighbour takes the product two values further.
+    assert_close(got, expected, 2 * np.abs(np.nan_to_num(expected.astype(np.float64))))
+
+
+def test_the_steps_of_clamped_swiglu_are_rounded(device):
+    x = values(9, (40, 2 * 256), bfloat16)
+    exact = reference.clamped_swiglu(x.astype(np.float32)).astype(bfloat16)
+    with np.errstate(invalid="ignore"):
+        expected = reference.clamped_swiglu(x)
+        assert np.count_nonzero(distances(exact, expected)) > expected.size / 10
+        assert np.count_nonzero(distances(clamped(device, x), expected)) <= expected.size / 1000
+
+
+def test_what_clamped_swiglu_clamps(device):
+    gate = np.array([[9, -9, 2, np.nan, 1, 0, 0, 8]], np.float32)
+    up = np.array([[-9, 9, -9, 1, np.nan, 1, -1, 7.5]], np.float32)
+    got = clamped(device, np.hstack([gate, up]))
+    np.testing.assert_allclose(got, reference.clamped_swiglu(np.hstack([gate, up])), rtol=1e-6)
+    assert got[0, 0] < -41 and got[0, 7] > 55 and np.isnan(got[0, 3:5]).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
 def test_nothing_to_gate(device, shape):
-    assert gated(device, np.zeros(shape, np.float32), "silu").shape == (shape[0], shape[1] // 2)
+    for launcher in (lambda x: gated(device, x, "silu"), lambda x: clamped(device, x)):
+        assert launcher(np.zeros(shape, np.float32)).shape == (shape[0], shape[1] // 2)
 
 
 def test_a_row_does_not_depend_on_the_others(device):
@@ -182,6 +216,8 @@ def test_arguments_that_do_not_fit(change, message):
     given = {"gate_up": np.zeros((2, 32), np.float32), "out": np.zeros((2, 16), np.float32), **change}
     with pytest.raises(ConfigError, match=f"gated_activation: {message}"):
         gated_activation(**given, name="silu")
+    with pytest.raises(ConfigError, match=f"clamped_swiglu: {message}"):
+        clamped_swiglu(**given)
 
 
 @pytest.mark.parametrize(("x", "out", "message"), [

@@ -167,7 +167,7 @@ def test_what_is_not_finite_in_groups(device):
 def test_padding_chooses_nothing(device):
     logits = normal(8, 11, 24)
     slots = np.arange(11, dtype=np.int64)
-    padding = np.array([0, 4, 5, 10])
+    padding = np.array([1, 4, 5, 10])
     slots[padding] = [-1, -7, -(2**40), -1]
     slots[3] = 2**40
     used = np.delete(np.arange(11), padding)

@@ -66,7 +66,8 @@ FAMILY = TinyFamily(
     cases={
         # The rotary parameters, the clamp, the kinds of the layers and the experts a token are left to their defaults.
         "gpt_oss_defaults": Case({"num_experts_per_tok": ABSENT, "rms_norm_eps": ABSENT, "hidden_act": ABSENT}),
-        # As in the released files, but for the sizes.
+        # As in the released files, but for the sizes. Seeds are those of which no token is so close to a tie of two
+        # experts that the rounding of bfloat16 decides: the result would be another one.
         "gpt_oss_mxfp4": Case(
             {
                 "hidden_size": 64,
@@ -88,7 +89,8 @@ FAMILY = TinyFamily(
                 "rope_theta": 150000,
                 "swiglu_limit": 7.0,
                 "output_router_logits": False,
-            }
+            },
+            seed=4,
         ),
         "gpt_oss_clamped": Case(
             {
