@@ -174,6 +174,6 @@ def _tree(cls: type[CutpError]):
 
 def _rebuild(d: dict[str, Any]) -> CutpError:
     cls = next((c for c in _tree(CutpError) if c.code == d.get("code")), CutpError)
-    error = cls.__new__(cls)
+    error = BaseException.__new__(cls)  # cls.__new__ may be MemoryError's, which refuses CapacityError
     CutpError.__init__(error, str(d.get("message")), hint=d.get("hint"), rank=d.get("rank"))
     return error

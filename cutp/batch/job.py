@@ -105,10 +105,8 @@ class _Loop:
                 break
             until = time.monotonic() + self._between
             self._between = min(2 * self._between, _MEETING)
-            while self._llm.has_unfinished:
+            while self._llm.has_unfinished and not self._due(until):
                 self._worker.step()
-                if self._due(until):
-                    break
             self._now_and_then()
         return self._end(reason)
 
@@ -174,10 +172,11 @@ class _Loop:
         self._worker.add(counts[mine], records)
 
     def _due(self, until: float) -> bool:
-        """Whether this replica goes to the next meeting; its first rank decides."""
-        group = self._replicas.group
-        due = time.monotonic() >= until or self._stop.reason is not None or self._worker.error is not None
-        return due if group.size == 1 else group.host.broadcast_bytes(b"1" if due else b"") == b"1"
+        """Whether this replica goes to the next meeting: as soon as one of its ranks wants to."""
+        group, worker = self._replicas.group, self._worker
+        due = time.monotonic() >= until or self._stop.reason is not None or worker.error is not None \
+            or (self._options.stop_on_error and worker.failed > 0)
+        return due if group.size == 1 else any(group.host.all_gather_bytes(b"1" if due else b""))
 
     def _now_and_then(self) -> None:
         now = time.monotonic()

@@ -90,7 +90,8 @@ def _check_unique(keys: np.ndarray, files: Sequence[InputFile]) -> None:
         if len(found) == 2:
             break
     (one_file, one), (other_file, other) = found
-    names = (str(one_file.path), str(other_file.path)) if one_file.name == other_file.name else (one.name, other.name)
+    same_name = one_file is not other_file and one_file.name == other_file.name
+    names = (str(one_file.path), str(other_file.path)) if same_name else (one.name, other.name)
     try:
         identity = repr(read_identity(one)[0])
     except RequestError:

@@ -1,9 +1,10 @@
 """Times every kernel at the shapes of an 8B model: `python -m cutp.bench.kernels [--json] [--only TEXT]`.
 
 Shapes: width 4096, 32 query and 8 key-value heads of 128, feed-forward 14336, vocabulary 128256, bfloat16, pages of 64
-tokens; of mixtures of experts those of Mixtral-8x7B and Qwen3-30B-A3B. Bytes are those that must be moved, of experts
-those of the ones that are used. Kernels are held against what this GPU reads, and prefill against what cuBLASLt
-computes, both measured in the same run.
+tokens; of mixtures of experts those of Mixtral-8x7B and Qwen3-30B-A3B, of latent attention those of DeepSeek-V3 on
+eight ranks and on one. Bytes are those that must be moved, of experts those of the ones that are used. Kernels are held
+against what this GPU reads, and where work is counted in FLOP against what cuBLASLt computes, both measured in the same
+run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ from cutp.ops.activation_cuda import gated_activation
 from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor, decode_attention, decode_plan, decode_workspace
 from cutp.ops.embedding_cuda import embedding
 from cutp.ops.grouped_gemm_cuda import grouped_linear
+from cutp.ops.latent_decode_cuda import (
+    CHANNELS,
+    VALUE_DIM,
+    latent_decode_attention,
+    latent_decode_plan,
+    latent_decode_workspace,
+)
+from cutp.ops.latent_decode_cuda import blocks_per_multiprocessor as latent_blocks_per_multiprocessor
 from cutp.ops.moe import expert_rows as sort_on_cpu
 from cutp.ops.moe_cuda import combine_experts, expert_rows
 from cutp.ops.moe_routing_cuda import route_softmax
@@ -221,6 +230,32 @@ def mixture_cases() -> Iterator[Case]:
             yield Case("moe_combine", case, 2.0 * dim * (rows + t), combine)
 
 
+def latent_cases() -> Iterator[Case]:
+    """Latent decode attention, its plan not included. All heads read the same bytes: with 128 the limit is FLOP."""
+    cupy = cuda.cupy()
+    for heads in (16, 128):
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                def make(heads=heads, batch=batch, context=context):
+                    per_request = context // PAGE
+                    table = np.random.default_rng(5).permutation(batch * per_request).reshape(batch, per_request)
+                    pages, q = normal((batch * per_request, 1, 1, PAGE, CHANNELS)), normal((batch, heads, CHANNELS))
+                    lengths = cupy.full(batch, context, np.int32)
+                    shapes = latent_decode_workspace(batch, context, heads)
+                    plan, partials = cupy.zeros(shapes.plan, np.int32), cupy.empty(shapes.partials, np.float32)
+                    latent_decode_plan(lengths, heads, plan=plan)
+                    out, lookup_table = cupy.empty((batch, heads, VALUE_DIM), bfloat16), cupy.asarray(table, np.int32)
+                    blocks = (cupy.cuda.Device().attributes["MultiProcessorCount"]
+                              * latent_blocks_per_multiprocessor(heads))
+                    return lambda: latent_decode_attention(q, pages, lookup_table, lengths, plan, CHANNELS**-0.5,
+                                                           partials=partials, blocks=blocks, out=out)
+
+                flops = heads == 128
+                amount = 2.0 * heads * (CHANNELS + VALUE_DIM) if flops else 2.0 * CHANNELS
+                yield Case("latent_decode", f"H={heads} B={batch} context={context}", amount * batch * context, make,
+                           flops=flops)
+
+
 def sampling_cases() -> Iterator[Case]:
     """Greedy and top-p sampling over the whole vocabulary on one rank; the bytes are the logits read once."""
     cupy = cuda.cupy()
@@ -263,7 +298,7 @@ def main() -> None:
     print(json.dumps(head) if args.json else f"this GPU: reads {limits.read_gbps:.0f} GB/s, "
           f"cuBLASLt 8192^3 {limits.matmul_tflops:.0f} TFLOP/s", flush=True)
     for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases(), *mixture_cases(),
-                 *sampling_cases()):
+                 *latent_cases(), *sampling_cases()):
         if args.only not in case.kernel:
             continue
         r = measure(case, limits)

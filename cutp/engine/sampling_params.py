@@ -36,9 +36,9 @@ _NEED_TEXT = "the model has no tokenizer.json"
 class SamplingParams:
     """Parameters of one request; None takes the checkpoint's own default (generation_config.json).
 
-    max_tokens: tokens to generate at most (default: the checkpoint's max_new_tokens, else 128). min_tokens: before
-    that many tokens nothing ends the request: the tokens that would end it get no probability, and stop strings are
-    looked for only in what later tokens complete (default: the checkpoint's min_new_tokens, else 0).
+    max_tokens: tokens to generate at most (default: the checkpoint's max_new_tokens, else 128). min_tokens: so many
+    tokens are generated whatever they are: till then those that would end the request get no probability, and a stop
+    string that is completed by an earlier one stays in the text (default: the checkpoint's min_new_tokens, else 0).
     n: samples of the prompt, 1 to 128. They differ in their `sample_index`, and have the seed in common.
 
     temperature: logits are divided by it; 0 is greedy (default: the checkpoint's, 0 where it says do_sample false,

@@ -1,4 +1,4 @@
-"""The paged key-value cache: memory in pages, and which request owns which page (Kwon et al., 2023)."""
+"""The memory of the paged key-value cache (Kwon et al., 2023)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cutp.comm.device_group import DeviceGroup
-from cutp.errors import CapacityError
 from cutp.kv_cache.params import KVCacheParams
 
 
@@ -37,35 +36,3 @@ def allocate_caches(params: KVCacheParams, num_pages: int, devices) -> list[Page
     """One empty cache of `num_pages` pages for every device of `devices` that lives in this process."""
     group = DeviceGroup.of(devices)
     return [PagedKVCache.allocate(params, num_pages, group.size, rank) for rank in group.local_ranks]
-
-
-class PageAllocator:
-    """Hands out page numbers; the lowest free page first, so every rank makes the same choice."""
-
-    def __init__(self, num_pages: int, page_size: int):
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self._free = list(range(num_pages - 1, -1, -1))
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free)
-
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens."""
-        return -(-tokens // self.page_size)
-
-    def take(self, count: int) -> list[int]:
-        """`count` pages; CapacityError when fewer are free."""
-        if count < 0:
-            raise ValueError(f"{count} pages cannot be taken")
-        if count > len(self._free):
-            raise CapacityError(f"{count} cache pages were asked for, {len(self._free)} of {self.num_pages} are free")
-        return [self._free.pop() for _ in range(count)]
-
-    def give_back(self, pages: list[int]) -> None:
-        """Frees `pages`; ValueError for one that is not out, which would end up with two owners."""
-        if len(set(pages)) != len(pages) or not set(self._free).isdisjoint(pages):
-            raise ValueError(f"pages {pages} were given back, but not all of them were out")
-        self._free.extend(pages)
-        self._free.sort(reverse=True)

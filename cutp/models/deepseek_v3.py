@@ -17,6 +17,7 @@ from cutp.kv_cache.params import KVCacheParams
 from cutp.models.block_scaled_tensor import BlockScaledTensor, check_block_size
 from cutp.models.decoder import DecoderBuilder, checkpoint_name
 from cutp.models.decoder_config import DecoderConfig
+from cutp.models.moe_config import expert_counts
 from cutp.models.registry import ModelFamily
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.mla import MultiHeadLatentAttention, TensorParallelMultiHeadLatentAttention
@@ -54,6 +55,7 @@ class DeepseekV3Config(DecoderConfig):
         rope_dim = config.positive_int("qk_rope_head_dim", 64)
         config.choice("num_key_value_heads", (n_heads,), n_heads)  # every head has its own key and value
         config.choice("head_dim", (rope_dim,), rope_dim)
+        experts, experts_per_token = expert_counts(config, 256, 8, ("n_routed_experts", "num_local_experts"))
         has_no_query_latent = "q_lora_rank" in config.raw and "q_lora_rank" not in config
         return cls.read(
             config,
@@ -64,9 +66,9 @@ class DeepseekV3Config(DecoderConfig):
             qk_nope_head_dim=config.positive_int("qk_nope_head_dim", 128),
             v_head_dim=config.positive_int("v_head_dim", 128),
             moe_intermediate_size=config.positive_int("moe_intermediate_size", 2048),
-            n_routed_experts=config.positive_int("n_routed_experts", 256),
+            n_routed_experts=experts,
             n_shared_experts=config.non_negative_int("n_shared_experts", int("n_shared_experts" not in config.raw)),
-            num_experts_per_tok=config.positive_int("num_experts_per_tok", 8),
+            num_experts_per_tok=experts_per_token,
             first_k_dense_replace=config.non_negative_int("first_k_dense_replace", 3),
         )
 

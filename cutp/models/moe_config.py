@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cutp.checkpoint.config import ModelConfig
 from cutp.errors import ModelConfigError
 
@@ -9,17 +11,19 @@ from cutp.errors import ModelConfigError
 _MAX_EXPERTS = 100_000
 
 
-def expert_counts(config: ModelConfig, experts: int, per_token: int) -> tuple[int, int]:
-    """(number of experts, experts a token uses); arguments: what the family has for absent keys.
+def expert_counts(config: ModelConfig, experts: int, per_token: int,
+                  keys: Sequence[str] = ("num_local_experts", "num_experts")) -> tuple[int, int]:
+    """(number of experts, experts a token uses). experts, per_token: what the family has for absent keys.
 
-    Transformers 4 wrote `num_experts` for some families where transformers 5 writes `num_local_experts`; either is
-    read. ModelConfigError when they contradict each other, or for more experts a token than there are.
+    keys: the names that the number of experts may have. Transformers 4 wrote `num_experts` for some families where
+    transformers 5 writes `num_local_experts`; either is read. ModelConfigError when they contradict each other, or for
+    more experts a token than there are.
     """
-    counts = {key: config.positive_int(key) for key in ("num_local_experts", "num_experts") if key in config}
+    counts = {key: config.positive_int(key) for key in keys if key in config}
     if len(set(counts.values())) > 1:
-        raise ModelConfigError(f"{config.path}: num_experts {counts['num_experts']} contradicts num_local_experts "
-                               f"{counts['num_local_experts']}", hint="correct the file, or fetch it again")
-    key, count = next(iter(counts.items()), ("num_local_experts", experts))
+        found = " contradicts ".join(f"{key} {count}" for key, count in reversed(counts.items()))
+        raise ModelConfigError(f"{config.path}: {found}", hint="correct the file, or fetch it again")
+    key, count = next(iter(counts.items()), (keys[0], experts))
     if count * config.positive_int("num_hidden_layers") > _MAX_EXPERTS:
         raise config.error(key, f"at most {_MAX_EXPERTS} for all layers together")
     used = config.positive_int("num_experts_per_tok", per_token)

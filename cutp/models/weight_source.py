@@ -79,7 +79,10 @@ class StackedExpert:
         # The stored rows and columns from the first to the last that is needed, then those that are.
         bounds = [(int(part.min()), int(part.max()) + 1) for part in index]
         box = self._read_box(checkpoint, weight.shape, bounds)
-        return box[np.ix_(*(part - start for part, (start, _) in zip(index, bounds, strict=True)))]
+        for axis, (part, (start, stop)) in enumerate(zip(index, bounds, strict=True)):
+            if not np.array_equal(part, np.arange(start, stop)):
+                box = box.take(part - start, axis)
+        return box
 
     def _read_box(self, checkpoint: Checkpoint, shape: tuple[int, ...],
                   bounds: Sequence[tuple[int, int]]) -> np.ndarray:

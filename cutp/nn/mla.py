@@ -50,8 +50,8 @@ class MultiHeadLatentAttention(ShardableModule):
     def __init__(self, hidden_dim: int, n_heads: int, dtype: np.dtype, rope: RotaryEmbedding, *,
                  q_lora_rank: int | None, kv_lora_rank: int, qk_nope_head_dim: int, qk_rope_head_dim: int,
                  v_head_dim: int, has_bias: bool = False, norm_eps: float = 1e-6, scale: float | None = None):
-        if rope.dim != qk_rope_head_dim or rope.rotary_dim != qk_rope_head_dim:
-            raise ConfigError(f"the rotary embedding turns {rope.rotary_dim} of {rope.dim} channels, the attention has "
+        if rope.rotary_dim != qk_rope_head_dim:
+            raise ConfigError(f"the rotary embedding turns {rope.rotary_dim} channels, the attention has "
                               f"{qk_rope_head_dim} with positions")
         self.n_heads = n_heads
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank

@@ -13,7 +13,7 @@
 #include "device.cuh"
 
 constexpr int channels = 576, value_dim = 512;
-constexpr int warps = HEADS == 16 ? 4 : 8;
+constexpr int warps = HEADS == 64 ? 8 : 4;
 constexpr int threads = warps * warp_size;
 constexpr int blocks_per_sm = HEADS == 64 ? 1 : 2;
 constexpr int row_tiles = HEADS / 16, sharers = warps / row_tiles;  // warps of one row tile

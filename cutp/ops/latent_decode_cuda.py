@@ -108,7 +108,7 @@ def _task_heads(n_heads: int) -> int:
 
 
 def _threads(heads: int) -> int:
-    return (4 if heads == 16 else 8) * _WARP
+    return (8 if heads == 64 else 4) * _WARP
 
 
 def _shared_bytes(heads: int) -> int:

@@ -58,7 +58,7 @@ def apply_penalties(logits_local: np.ndarray, counts: np.ndarray, slots: np.ndar
     used = np.flatnonzero(slots >= 0)
     for block in row_blocks(len(used), logits_local.shape[1]):
         counted = counts[slots[used[block]]]
-        row, ids = np.divmod(np.flatnonzero(counted), counted.shape[1])
+        row, ids = np.divmod(np.flatnonzero(counted != 0), counted.shape[1])
         generated, row = counted[row, ids] & GENERATED, used[block][row]
         x = logits_local[row, ids]
         x = np.where(x < 0, x * rows.repetition[row], x / rows.repetition[row])

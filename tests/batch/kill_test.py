@@ -145,7 +145,7 @@ def _killed(kind: str, prompts: Path, directory: Path, shape: tuple[int, int], d
     try:
         if kind != "write":
             _wait_for_the_moment(process, directory, done, dice)
-            victims = [pid for pid in _family(process.pid) if kind == "job" or _is_rank(pid)]
+            victims = [pid for pid in process_family(process.pid) if kind == "job" or is_rank(pid)]
             if kind == "rank" and victims:
                 victims = [dice.choice(victims)]
             for pid in victims:
@@ -153,7 +153,7 @@ def _killed(kind: str, prompts: Path, directory: Path, shape: tuple[int, int], d
                     os.kill(pid, signal.SIGKILL)
         code = process.wait(TIMEOUT)
     finally:
-        for pid in _family(process.pid):
+        for pid in process_family(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -174,7 +174,7 @@ def _wait_for_the_moment(process: subprocess.Popen, directory: Path, done: int, 
     time.sleep(dice.uniform(0.0, 0.02))
 
 
-def _family(pid: int) -> list[int]:
+def process_family(pid: int) -> list[int]:
     """The process and all that descend from it; none that are dead."""
     parents: dict[int, list[int]] = {}
     alive = set()
@@ -193,7 +193,7 @@ def _family(pid: int) -> list[int]:
     return [one for one in found if one in alive]
 
 
-def _is_rank(pid: int) -> bool:
+def is_rank(pid: int) -> bool:
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return b"batch" in words and b"python" in words[0]

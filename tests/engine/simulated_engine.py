@@ -35,8 +35,8 @@ class SimulatedEngine:
         self.cache = PrefixCache(self.pool, salt) if cache else None
         self.scheduler = Scheduler(self.pool, max_batch_tokens=budget, max_running=running, max_len=max_len,
                                    prefix_cache=self.cache)
-        self.cells = {}
-        self.requests, self.finished, self.passes = [], [], 0
+        self.cells, self.numbers, self.known_prefixes = {}, {}, {}
+        self.requests, self.finished, self.cancelled, self.passes = [], [], [], 0
         self.computed, self.hits, self.preemptions = Counter(), Counter(), Counter()
         self.patience = {}
         for one in requests:
@@ -52,6 +52,7 @@ class SimulatedEngine:
         self.scheduler.cancel(request)
         if request not in self.finished:
             self.finished.append(request)
+            self.cancelled.append(request)
 
     def unfinished(self):
         return [request for request in self.requests if request not in self.finished]
@@ -88,18 +89,25 @@ class SimulatedEngine:
 
     def compute(self, chunk):
         request, size = chunk.request, self.pool.page_size
-        [row] = self.scheduler.tables.lookup_table([request])
-        tokens = request.tokens(0, chunk.stop)
-        context = (request.cache_salt, request.share_prefix)
+        row = self.scheduler.tables.lookup_table([request])[0].tolist()
+        contents = self.prefixes(request)
         for position in range(chunk.start):
-            assert self.cells[row[position // size], position % size] == (context, tokens[: position + 1])
+            assert self.cells[row[position // size], position % size] == contents[position]
         for position in range(chunk.start, chunk.stop):
             assert self.pool.holders(row[position // size]) == 1  # nobody else reads what is being written
-            self.cells[row[position // size], position % size] = (context, tokens[: position + 1])
+            self.cells[row[position // size], position % size] = contents[position]
         self.computed[request.id] += chunk.stop - chunk.start
         if request.scores is not None and request.scores.next_position < request.scores.stop:
             assert chunk.start <= request.scores.next_position
             request.scores.next_position = max(request.scores.next_position, chunk.stop)
+
+    def prefixes(self, request):
+        """A number for each of a request's positions; it stands for the tokens up to there, and for the salt."""
+        known = self.known_prefixes.setdefault(request.id, [])
+        for token in request.tokens(len(known), request.length):
+            parent = known[-1] if known else (request.cache_salt, request.share_prefix)
+            known.append(self.numbers.setdefault((parent, token), len(self.numbers)))
+        return known
 
     def take_token(self, request):
         assert request.cached == request.length

@@ -89,10 +89,15 @@ def test_the_window_of_a_file_that_names_none(case):
     assert {layer.self_attn.shards[0].window for layer in layers} == {4096, None}
 
 
-def test_gemma_rounds_the_embedding_multiplier():
-    raw = tiny_models.config("gemma2_defaults")
-    assert build(raw, bfloat16).embedding_multiplier == 6.9375
+def test_gemma_rounds_where_hugging_face_does():
+    """The embedding multiplier before it is used, a norm only after the product with its weight."""
+    raw = tiny_models.config("gemma3_defaults")
+    model = build(raw, bfloat16)
+    assert model.embedding_multiplier == 6.9375
     assert build(raw).embedding_multiplier == float(np.float32(48**0.5))
+    layer = model.layers[0]
+    for norm in (layer.self_attn.shards[0].q_norm, layer.self_attn.shards[0].k_norm, layer.input_layernorm[0]):
+        assert norm.multiply_before_cast
 
 
 def test_the_original_length_of_phi3_is_4096_if_absent():

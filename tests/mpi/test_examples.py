@@ -58,6 +58,23 @@ def test_two_models():
 
 
 @needs_mpirun
+def test_llm_service():
+    lines = run("llm_service.py", 4).splitlines()
+    starts = [re.match(r"rank ([23]): (Once upon a time|There was a king who|The little dog).{20}", line)
+              for line in lines]
+    assert sorted({match.groups() for match in starts}) == sorted(
+        (rank, prompt) for rank in "23" for prompt in module_of("llm_service").QUESTIONS)
+
+
+@needs_mpirun
+def test_simulation_loop():
+    lines = run("simulation_loop.py", 2).splitlines()
+    assert [re.match(r"asked at step (\d+): The fire was \d+ paces high, and .", line)[1] for line in lines[:-1]] == [
+        "0", "20", "40"]
+    assert lines[-1] == "after 60 steps: heat 100.0, 36 tokens generated"
+
+
+@needs_mpirun
 def test_register_model(tmp_path, monkeypatch):
     out = run("register_model.py", 3)
     tokens = json.loads(re.fullmatch(r"3 ranks: (.*)\n", out)[1])

@@ -234,7 +234,7 @@ def test_multiplications_are_counted(rank, nope, rope, value):
     table = RotaryEmbedding(rope, max_seq_len=64, parameters=RopeParameters())
     layer = MultiHeadLatentAttention(8, 2, float32, table, q_lora_rank=None, kv_lora_rank=rank, qk_nope_head_dim=nope,
                                      qk_rope_head_dim=rope, v_head_dim=value)
-    cases = [(n, c) for n in (2, 3, 9, 40) for c in (0, 1, 7, 60, 500)]
+    cases = [(n, c) for n in (2, 3, 6, 9, 24, 40) for c in (0, 1, 2, 7, 60, 500)]
     for n, c in cases:
         pairs = sum(c + i + 1 for i in range(n))
         expanded = (c + n) * rank * (nope + value) + pairs * (nope + rope + value)
@@ -302,7 +302,7 @@ def test_names():
 
 def test_signature_tells_different_layers_apart():
     layers = [make(), make(4), make(q_lora_rank=8), make(interleaved=False), make(parameters=YARN), make(scale=0.5),
-              make(has_bias=True)]
+              make(has_bias=True), make(parameters=RopeParameters(theta=2 * THETA))]
     signatures = [layer.signature() for layer in layers]
     assert all(signatures[i] != signatures[j] for i in range(len(layers)) for j in range(i))
     assert make().signature() == signatures[0]

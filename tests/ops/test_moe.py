@@ -98,7 +98,7 @@ def test_slots_are_added_in_order_and_rounded_once():
     y = np.array([[1], [2**-24], [2**-24]], F32)
     ones = np.ones((1, 3), F32)
     for order, total in (([0, 1, 2], 1), ([1, 2, 0], 1 + 2**-23)):
-        assert combine_experts(y, np.array([order], np.int32), ones)[0, 0] == F32(total)
+        assert combine_experts(y, np.array([order], np.int32), ones)[0, 0] == np.float32(total)
     # In bfloat16 every partial sum would round to 1.
     y = np.array([[1], [2**-8], [2**-8]], bfloat16)
     assert combine_experts(y, np.array([[0, 1, 2]], np.int32), ones)[0, 0] == 1 + 2**-7

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutp.ops.rms_norm import layer_norm, rms_norm
+from cutp.ops.rms_norm import layer_norm, rms_norm, square_sum
 
 pytestmark = pytest.mark.filterwarnings("error")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -97,3 +97,24 @@ def test_layer_norm_rounds_once():
     y = layer_norm(x, weight, bias, 1e-5)
     assert y.dtype == bfloat16
     np.testing.assert_array_equal(y, wide.astype(bfloat16))
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.integers(1, 5), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([0.0, 1.0]),
+       st.booleans(), st.integers(0, 2**32 - 1))
+def test_parts_of_a_vector_are_normalised_by_the_whole(rows, lengths, offset, multiply_before_cast, seed):
+    x, weight = random_rows(seed, rows, sum(lengths))
+    cuts = np.cumsum(lengths)[:-1]
+    parts = np.split(x, cuts, axis=1)
+    sums = [square_sum(part) for part in parts]
+    assert all(total.dtype == np.float32 and total.shape == (rows, 1) for total in sums)
+    mean = sum(sums) / np.float32(sum(lengths))
+    got = [rms_norm(part, w, 1e-6, weight_offset=offset, multiply_before_cast=multiply_before_cast, mean_square=mean)
+           for part, w in zip(parts, np.split(weight, cuts), strict=True)]
+    whole = rms_reference(x, weight, 1e-6, offset)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), whole, rtol=2e-6, atol=1e-6)
+
+
+def test_squares_are_summed_in_float32():
+    x = np.full((2, 300), 17, bfloat16)
+    np.testing.assert_array_equal(square_sum(x), np.full((2, 1), 300 * 17.0**2, np.float32))

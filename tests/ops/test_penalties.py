@@ -40,6 +40,21 @@ def test_rows_take_their_own_slot_and_penalty():
     assert x.tolist() == [[1, 1], [0, 1], [1, 1], [1, -2]]
 
 
+def test_a_row_does_not_depend_on_the_batch():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((7, 100_000)).astype(np.float32)  # too many for one block of rows
+    counts, slots = np.zeros((9, 100_000), np.int32), np.array([8, 3, -1, 0, 5, 1, 2])
+    count_tokens(counts, 0, rng.integers(0, 9, 500), rng.integers(0, 100_000, 500))
+    rows = PenaltyRows(*(rng.uniform(0.5, 1.5, 7).astype(np.float32) for _ in range(3)))
+    batch = logits.copy()
+    apply_penalties(batch, counts, slots, rows)
+    for i in range(7):
+        one = logits[i : i + 1].copy()
+        apply_penalties(one, counts, slots[i : i + 1], PenaltyRows(*(v[i : i + 1] for v in vars(rows).values())))
+        np.testing.assert_array_equal(batch[i], one[0])
+        assert (batch[i] != logits[i]).sum() == (0 if slots[i] < 0 else (counts[slots[i]] != 0).sum())
+
+
 def test_bias_is_added_where_the_rank_has_the_token():
     ids = np.array([[4, 7, -1], [6, 3, 5]], np.int32)
     values = np.array([[1, -np.inf, 9], [0.5, 9, -2]], np.float32)

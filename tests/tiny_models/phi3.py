@@ -46,6 +46,7 @@ FAMILY = TinyFamily(
                 "num_key_value_heads": 1,
                 "intermediate_size": 71,
                 "sliding_window": 9,
+                "partial_rotary_factor": 0.5,
                 "rope_theta": 500.0,
                 "rope_scaling": None,
                 "hidden_act": "gelu",
