@@ -1,6 +1,7 @@
 """Settings for the whole test session."""
 
 from collections import Counter
+from threading import Lock
 
 import numpy as np  # noqa: F401  (loads BLAS, so that its threads can be capped)
 import pytest
@@ -16,11 +17,13 @@ threadpool_limits(1, user_api="blas")
 def tiny(tmp_path_factory):
     """tiny(case): the directory of that tiny checkpoint (of tiny_llama or tiny_models), written once a session."""
     root = tmp_path_factory.mktemp("tiny")
+    lock = Lock()  # ranks that are threads ask at the same time
 
     def directory(case: str):
         path = root / case
-        if not path.exists():
-            (tiny_models if case in tiny_models.CASES else tiny_llama).write_checkpoint(case, path)
+        with lock:
+            if not path.exists():
+                (tiny_models if case in tiny_models.CASES else tiny_llama).write_checkpoint(case, path)
         return path
 
     return directory

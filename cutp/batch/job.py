@@ -71,11 +71,20 @@ def _work(options: JobOptions, replicas: Replicas, stop: StopFlag, progress: Pro
     began = time.monotonic()
     if comm.rank == 0 and job.done + job.settled:
         progress.say(f"attempt {facts.attempt}: {job.done} of {job.records} records are done, {facts.pending} to do")
+    reason = next(filter(None, comm.host.all_gather_json(stop.reason)), None)
+    if reason is not None:
+        return EXIT_STOPPED, _say_stopped(progress, reason, JobCounts(facts.done, facts.settled, facts.pending))
     with comm.host.agree("loading the model"):
         llm = open_llm()
     with llm:
         loop = _Loop(options, replicas, stop, progress, llm, job, facts, time.monotonic() - began)
         return loop.run()
+
+
+def _say_stopped(progress: Progress, reason: str, counts: JobCounts) -> JobCounts:
+    progress.say(f"stopped early ({reason}): {counts.done} of {counts.records} records are done, {counts.remaining} "
+                 "left; the same command goes on from here")
+    return counts
 
 
 class _Loop:
@@ -226,9 +235,7 @@ class _Loop:
         if reason == "error":
             self._progress.say("stopped at the first error record; see errors.*.jsonl")
             return EXIT_WITH_ERRORS, counts
-        self._progress.say(f"stopped early ({reason}): {counts.done} of {counts.records} records are done, "
-                           f"{counts.remaining} left; the same command goes on from here")
-        return EXIT_STOPPED, counts
+        return EXIT_STOPPED, _say_stopped(self._progress, reason, counts)
 
     def _journal(self, kind: str) -> Journal | None:
         if not self._is_first:

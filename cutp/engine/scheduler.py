@@ -114,7 +114,7 @@ class Scheduler:
         for request in self._plan_decodes(step):
             if request.slot is not None:  # preempted for one of the prompts before it
                 self._plan_prompt(step, request)
-        if not step.preempted:
+        if not step.preempted:  # who lost its slot in this pass gets none in the same pass
             self._admit(step)
         return Plan(step.decodes + step.prompts, step.admitted, step.preempted, step.cached_tokens)
 
@@ -190,8 +190,8 @@ class Scheduler:
         step.prompts.append(Chunk(request, start, stop))
         step.budget -= stop - start
         if keys is not None:
-            full = min(self.pool.pages_for(stop), request.length // page_size)
-            step.computing.update(keys[page] for page in range(start // page_size, full))
+            # A page that is not completed here ends the budget or the known tokens: nobody could follow.
+            step.computing.update(keys[page] for page in range(start // page_size, stop // page_size))
 
     def _admit(self, step: _Pass) -> None:
         """Admits waiting requests, in order, while slots, budget and pages last.

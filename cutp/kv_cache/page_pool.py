@@ -84,13 +84,6 @@ class PagePool:
             raise ValueError(f"page {page} is to be kept, but nobody holds it")
         self._kept.add(page)
 
-    def drop(self, page: int) -> None:
-        """Undoes `keep`: an idle `page` becomes free."""
-        self._kept.remove(page)
-        if page in self._idle:
-            del self._idle[page]
-            heapq.heappush(self._free, page)
-
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         self._kept.remove(page)

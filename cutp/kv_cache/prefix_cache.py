@@ -102,13 +102,6 @@ class PrefixCache:
             self._pool.release([page])
         return known
 
-    def clear(self) -> None:
-        """Forgets all pages, as after a change of the model's weights; statistics go on."""
-        for page in self._key_of:
-            self._pool.drop(page)
-        self._page_of.clear()
-        self._key_of.clear()
-
     def _forget(self, page: int) -> None:
         del self._page_of[self._key_of.pop(page)]
         self.evicted_pages += 1

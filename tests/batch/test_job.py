@@ -99,7 +99,7 @@ def test_a_complete_job_needs_no_model(options):
 
 
 def test_time_limit(options):
-    code, said = run(replace(options, time_limit="0"))
+    code, said = run(replace(options, time_limit="0"), open_llm=None)
     assert code == 75 and "stopped early (the time limit)" in said and results(options.directory) == {}
     assert run(replace(options, time_limit="1h", margin="2h"))[0] == 75
     assert run(replace(options, time_limit="1h"))[0] == 0

@@ -268,6 +268,24 @@ def test_only_the_wanted_rows_are_read(tmp_path):
         assert file.bytes_read == 1128 * 256 * 4
 
 
+def test_one_item(tmp_path):
+    path = tmp_path / "x.safetensors"
+    array = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
+    write_safetensors(path, {"first": np.zeros(3), "w": array, "n": np.float32(1)})
+    with SafetensorsFile(path) as file:
+        for item in range(5):
+            before = file.bytes_read
+            np.testing.assert_array_equal(file.read("w", item=item), array[item])
+            assert file.bytes_read - before == 6 * 7 * 4
+        np.testing.assert_array_equal(file.read("w", 0, [(2, 4)], item=3), array[3, 2:4])
+        np.testing.assert_array_equal(file.read("w", -1, [(5, 7), (0, 1)], item=4), array[4][:, [5, 6, 0]])
+        for name, item in (("w", 5), ("w", -1), ("n", 0)):
+            with pytest.raises(CheckpointError, match=f"{name!r}.*no item {item}"):
+                file.read(name, item=item)
+        with pytest.raises(CheckpointError, match="axis 2"):
+            file.read("w", 2, [(0, 1)], item=0)
+
+
 def test_column_slice_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
     path = tmp_path / "x.safetensors"

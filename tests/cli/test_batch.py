@@ -61,8 +61,9 @@ def test_status_and_merge(cli, corpus, tmp_path):
     out = tmp_path / "out"
     assert cli("batch", TALES, corpus, "-o", out, "--time-limit", "0", *SEED).code == 75
     done = cli("batch", "status", out)
-    assert re.match(rf"{out}: 0 of 4 records done, 0 failed, 4 left\n  attempt 1 on .*: ended .* status 75\n", done.out)
-    cli("batch", "merge", out, "-o", tmp_path / "all.jsonl").assert_error(2, "4 of 4 records are still to do", "--partial")
+    expected = rf"{out}: 0 of 4 records done, 0 failed, 4 left\n  attempt 1 on .*: ended .* with exit status 75\n"
+    assert re.fullmatch(expected, done.out)
+    cli("batch", "merge", out, "-o", tmp_path / "all.jsonl").assert_error(2, "4 of 4 records are still", "--partial")
     assert cli("batch", TALES, corpus, "-o", out, *SEED).code == 6
     done = cli("batch", "status", out, "--json")
     [status] = done.json
@@ -144,7 +145,7 @@ def test_the_example_runs(tmp_path):
 
 
 def test_files_that_may_not_grow(corpus, tmp_path):
-    """A real limit of the system, which lets part of a line through: the job ends with an error, and nothing is lost."""
+    """A real limit of the system, which lets part of a line through: the job ends with an error; nothing is lost."""
     records = [{"id": i, "prompt": "The wolf", "max_tokens": 3 + i % 3} for i in range(60)]
     corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
     code = ("import resource, sys\nfrom cutp.cli.main import main\n"

@@ -33,6 +33,7 @@ def test_only_the_last_chunk_completes():
         seen += [chunk.completes for chunk in chunks]
         scheduler.advance(chunks)
     assert seen == [False, False, True]
+    assert scheduler.schedule().chunks == []  # nothing to do until the next token is there
 
 
 def test_generating_requests_come_before_prompts():
@@ -81,17 +82,41 @@ def test_slots_are_reused_lowest_first():
     assert [one.slot for one in requests] == [0, None, None, 1]
 
 
-@pytest.mark.parametrize("first, second, pages, budget, admitted", [
-    ((7, 12), (8, 1), 5, 20, False),  # 3 + 3 pages: for the known tokens of both, and one more each to generate into
-    ((7, 12), (8, 1), 6, 20, True),
-    ((7, 1), (8, 0), 4, 20, True),  # neither grows beyond 2 pages
-    ((30, 1), (4, 1), 9, 31, False),  # the pages that the first has not taken yet count as well: 8 + 2
-    ((30, 1), (4, 1), 10, 31, True),
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("first, second, pages, admitted", [
+    ((7, 12), (8, 1), 5, False),  # 3 + 3 pages: for the known tokens of both, and one more each to generate into
+    ((7, 12), (8, 1), 6, True),
+    ((7, 1), (8, 0), 4, True),  # neither grows beyond 2 pages
+    ((15, 9), (9, 9), 8, False),  # 5 + 4 pages, also when the first has a token more
+    ((15, 9), (9, 9), 9, True),
 ])
-def test_admission_waits_for_pages(first, second, pages, budget, admitted):
-    engine = SimulatedEngine(request(0, *first), request(1, *second), pages=pages, budget=budget)
+def test_admission_waits_for_pages(together, first, second, pages, admitted):
+    engine = SimulatedEngine(request(0, *first), pages=pages, budget=30)
+    if not together:
+        engine.step()
+    engine.add(request(1, *second))
     engine.step()
     assert ids(engine.scheduler.waiting) == ([] if admitted else [1])
+    engine.run()
+
+
+def test_admission_counts_the_pages_that_a_following_request_has_not_taken():
+    prompt = list(range(4))
+    engine = SimulatedEngine(request(0, prompt, 1), request(1, [*prompt, *range(50, 70)]), request(2, 4), pages=8,
+                             budget=30)
+    assert engine.step() == [(0, 0, 4)] and ids(engine.scheduler.waiting) == [2]  # 2 + 6 + 1 pages
+    engine.run()
+
+
+def test_a_prompt_takes_the_pages_there_are():
+    """The first one has grown by more than was left for it when the second, which follows it, was admitted."""
+    engine = SimulatedEngine(request(0, range(4), 30), request(1, [*range(4), *range(50, 70)], 2), pages=9, budget=5)
+    assert engine.step() == [(0, 0, 4)] and ids(engine.scheduler.running) == [0, 1]
+    engine.scheduler.max_batch_tokens = 2
+    assert [engine.step() for _ in range(12)] == [[(0, i, i + 1), (1, i, i + 1)] for i in range(4, 16)]
+    engine.scheduler.max_batch_tokens = 20
+    assert engine.step() == [(0, 16, 17), (1, 16, 20)] and engine.pool.free_pages == 0
+    assert engine.step() == [(0, 17, 18)]
     engine.run()
 
 
@@ -132,6 +157,17 @@ def test_a_preempted_requests_chunk_is_taken_out_of_the_pass():
     plans = until_preempted(engine)
     assert plans[-2] == [(0, 15, 16), (2, 12, 13), (1, 37, 40)]
     assert plans[-1] == [(0, 16, 17), (1, 40, 44)] and engine.preemptions == {2: 1}  # its place is used, too
+    engine.run()
+
+
+def test_a_prompt_that_is_preempted_is_not_planned():
+    """An old prompt takes pages of a younger one that stood after it in the same pass."""
+    first, old, young = request(0, [1, 2], 19), request(1, [1, 2, *range(50, 82)], 2), request(2, 4, 3)
+    engine = SimulatedEngine(first, old, young, pages=23, page_size=2, budget=4)
+    plans = until_preempted(engine)
+    assert engine.preemptions == {2: 1} and plans[0] == [(0, 0, 2), (2, 0, 2)]
+    assert plans[1:-1] == [[(0, 2 + i, 3 + i), (1, 2 + 3 * i, 5 + 3 * i)] for i in range(10)]
+    assert plans[-1] == [(0, 12, 13), (1, 32, 34)]  # a token would have been left for it
     engine.run()
 
 
@@ -188,6 +224,18 @@ def test_equal_pages_that_were_computed_twice_become_one():
     engine.step()
     assert first.pages[:2] == second.pages[:2] == [0, 1] and first.pages[2] != second.pages[2]
     assert engine.pool.free_pages == 36
+    engine.run()
+
+
+def test_a_page_that_was_begun_is_completed_though_another_has_it():
+    first, second = request(0, [4], 20), request(1, [4, 0, 0, 0, 7, 7, 7, 7], 1)
+    engine = SimulatedEngine(first, second, budget=2)
+    assert engine.step() == [(0, 0, 1), (1, 0, 1)]
+    engine.scheduler.max_batch_tokens = 1
+    assert [engine.step() for _ in range(3)] == [[(0, i, i + 1)] for i in (1, 2, 3)]
+    assert first.generated == [0, 0, 0, 0]  # what stands in the second one's prompt
+    engine.scheduler.max_batch_tokens = 8
+    assert engine.step() == [(0, 4, 5), (1, 1, 8)]
     engine.run()
 
 
@@ -269,10 +317,11 @@ def test_ids_must_grow(running):
             engine.scheduler.add(request(id, 1))
 
 
-@pytest.mark.parametrize("max_len", [40, 12])
-def test_a_request_that_could_never_run_is_refused(max_len):
-    engine = SimulatedEngine(pages=3, page_size=4, max_len=max_len)
-    with pytest.raises(CapacityError, match=f"may reach 13 tokens; the limit is {max_len}, and the cache holds 12"):
+@pytest.mark.parametrize("pages, max_len", [(3, 40), (10, 12)])
+def test_a_request_that_could_never_run_is_refused(pages, max_len):
+    engine = SimulatedEngine(pages=pages, page_size=4, max_len=max_len)
+    message = f"request 0 may reach 13 tokens; the limit is {max_len}, and the cache holds {4 * pages}"
+    with pytest.raises(CapacityError, match=message):
         engine.add(request(0, 10, 3))
     engine.add(request(0, 10, 2))
     engine.run()
@@ -310,15 +359,15 @@ def test_small_requests_behind_a_huge_one():
 
 def test_the_oldest_prompt_gets_its_share_of_a_pass_that_others_could_fill():
     """It had to wait for a page of the first, and meanwhile others began to generate."""
-    first, old = request(0, range(5), 30), request(1, [*range(4), *range(100, 140)], 1)
-    engine = SimulatedEngine(first, old, *(request(i, 1, 60) for i in range(2, 9)), pages=200, budget=12)
-    assert engine.step() == [(0, 0, 5), *((i, 0, 1) for i in range(2, 9))]
+    first, old = request(0, range(5), 30), request(1, [*range(4), *range(100, 106)], 1)
+    engine = SimulatedEngine(first, old, *(request(i, 1, 60) for i in range(2, 13)), pages=300, budget=16, running=13)
+    assert engine.step() == [(0, 0, 5), *((i, 0, 1) for i in range(2, 13))]
     engine.cancel(first)
-    engine.scheduler.max_batch_tokens = 8
-    plan = engine.step()
-    assert plan == [*((i, 1, 2) for i in range(2, 8)), (1, 4, 6)]
     engine.scheduler.max_batch_tokens = 1
-    assert engine.step() == [(1, 6, 7)]
+    assert engine.step() == [(1, 4, 5)]
+    engine.scheduler.max_batch_tokens = 12
+    assert engine.step() == [*((i, 1, 2) for i in range(2, 11)), (1, 5, 8)]
+    assert engine.step() == [*((i, 2, 3) for i in range(2, 11)), (11, 1, 2), (1, 8, 10)]  # it needs no more
 
 
 prompts = st.one_of(st.integers(1, 25), st.tuples(st.integers(0, 2), st.integers(1, 25), st.integers(0, 6)))

@@ -157,17 +157,6 @@ def test_held_pages():
     assert cache.held_pages(keys, 4) == 1 and cache.hit_tokens == 0
 
 
-def test_clear_forgets_held_and_idle_pages():
-    pool, cache = make(pages=4)
-    first, second = publish(pool, cache, [1, 2, 3, 4]), publish(pool, cache, [5, 6])
-    pool.release(first)
-    cache.clear()
-    assert len(cache) == pool.idle_pages == 0 and pool.free_pages == 3
-    assert found(pool, cache, [1, 2]) == found(pool, cache, [5, 6]) == []
-    pool.release(second)
-    assert pool.free_pages == 4 and pool.idle_pages == 0 and pool.take(4) == [0, 1, 2, 3]
-
-
 lines = st.lists(st.integers(0, 1), max_size=12)
 
 

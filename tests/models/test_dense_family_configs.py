@@ -97,6 +97,14 @@ def test_biases(name, biased):
         assert not any(weight.endswith("bias") for weight, _ in build(name).named_weights())
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2"])
+@pytest.mark.parametrize("raw", [dict(partial_rotary_factor=0.5),
+                                 dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5})], ids=str)
+def test_whole_heads_are_rotated(name, raw):
+    """The default rotary embedding of these families does not read partial_rotary_factor."""
+    assert build(name, **raw).rope.rotary_dim == 12
+
+
 def test_multipliers_of_granite():
     model = build("granite", embedding_multiplier=12, attention_multiplier=0.25, residual_multiplier=0.5,
                   logits_scaling=8)
@@ -112,6 +120,8 @@ def test_norms_of_olmo2_are_after_the_branches():
     assert names[:4] == [f"model.layers.0.{name}.weight" for name in (
         "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm")]
     assert names[-1] == "model.norm.weight" and len(names) == 4 * 4 + 1
+    [attention, *_] = attentions("olmo2")  # 4 query and 2 key-value heads of 12, normalised together
+    assert (attention.q_norm.weight.shape, attention.k_norm.weight.shape) == ((48,), (24,))
 
 
 @pytest.mark.parametrize("name, raw, message", [

@@ -89,6 +89,24 @@ def test_the_window_of_a_file_that_names_none(case):
     assert {layer.self_attn.shards[0].window for layer in layers} == {4096, None}
 
 
+@pytest.mark.parametrize(("case", "key", "eps"), [
+    ("gemma2_defaults", "rms_norm_eps", 1e-6), ("phi3_defaults", "rms_norm_eps", 1e-5),
+    ("cohere2_defaults", "layer_norm_eps", 1e-5), ("glm4_defaults", "rms_norm_eps", 1.5625e-7),
+])
+def test_the_epsilon_of_a_file_that_names_none(case, key, eps):
+    model = build(changed(case, **{key: ABSENT}))
+    assert {model.norm[0].eps, model.layers[0].input_layernorm[0].eps} == {eps}
+
+
+def test_the_heads_of_a_glm_file_that_names_none():
+    params = build(changed("glm4_defaults", num_key_value_heads=ABSENT, head_dim=ABSENT)).kv_params
+    assert (params.n_kv_heads, params.head_dim) == (2, 128)
+
+
+def test_the_logit_scale_of_a_file_that_names_none():
+    assert build(changed("cohere2_defaults", logit_scale=ABSENT)).logits_scaling == 16.0
+
+
 def test_gemma_rounds_where_hugging_face_does():
     """The embedding multiplier before it is used, a norm only after the product with its weight."""
     raw = tiny_models.config("gemma3_defaults")

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cutp.errors import UnsupportedModelError
-from cutp.ops.activation import ACTIVATIONS, activation, activation_name, gated_activation
+from cutp.errors import ConfigError, UnsupportedModelError
+from cutp.ops.activation import ACTIVATIONS, activation, activation_name, clamped_swiglu, gated_activation
 
 pytestmark = pytest.mark.filterwarnings("error")
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -81,3 +81,44 @@ def test_gated_rounds_the_activated_gate_and_the_product():
     expected = (activated.astype(bfloat16).astype(np.float32) * up.astype(np.float32)).astype(bfloat16)
     assert (y != expected).mean() < 0.002
     assert (y != (activated * up).astype(np.float32).astype(bfloat16)).mean() > 0.05
+
+
+@pytest.mark.parametrize("rows, width", [(0, 3), (1, 1), (6, 7)])
+@pytest.mark.parametrize("alpha, limit", [(1.702, 7.0), (0.5, 0.75)])
+def test_clamped_swiglu(rows, width, alpha, limit):
+    x = (4 * np.random.default_rng(rows).standard_normal((rows, 2 * width))).astype(np.float32)
+    out = np.full((rows, width), np.nan, np.float32)
+    assert clamped_swiglu(x, alpha=alpha, limit=limit, out=out) is out
+    for t in range(rows):
+        for i in range(width):
+            gate, up = min(float(x[t, i]), limit), min(max(float(x[t, width + i]), -limit), limit)
+            expected = gate / (1 + math.exp(-alpha * gate)) * (up + 1)
+            assert out[t, i] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_clamped_swiglu_at_its_ends():
+    x = np.array([[1e30, -1e30, 7.5, 0, 1e30, -1e30, -7.5, np.inf]], np.float32)
+    with np.errstate(over="ignore"):
+        assert clamped_swiglu(x).tolist() == [[pytest.approx(56), 0, pytest.approx(-42), 0]]
+
+
+def test_clamped_swiglu_rounds_every_step():
+    x = np.random.default_rng(8).standard_normal((50, 40)).astype(np.float32).astype(bfloat16)
+
+    def rounded(v):
+        return v.astype(np.float32).astype(bfloat16).astype(np.float32)
+
+    gate, up = x[:, :20].astype(np.float32), x[:, 20:].astype(np.float32)
+    share = rounded(1 / (1 + np.exp(-rounded(gate * np.float32(1.702)).astype(np.float64))))
+    expected = (rounded(up + 1) * rounded(gate * share)).astype(bfloat16)
+    y = clamped_swiglu(x)
+    assert y.dtype == bfloat16
+    assert (y != expected).mean() < 0.002
+    once = (gate / (1 + np.exp(-1.702 * gate)) * (up + 1)).astype(bfloat16)
+    assert (y != once).mean() > 0.1
+
+
+@pytest.mark.parametrize("op", [clamped_swiglu, lambda x: gated_activation(x, "silu")])
+def test_an_odd_number_of_columns(op):
+    with pytest.raises(ConfigError, match="not 5"):
+        op(np.zeros((1, 5), np.float32))
