@@ -31,7 +31,7 @@ def shares(available: int, outstanding: Sequence[int], target: int) -> list[int]
     counts = [max(0, low - count) for count in outstanding]
     left -= sum(counts)
     for index, count in enumerate(outstanding):
-        if left and count + counts[index] == low < target:
+        if left and count + counts[index] == low:
             counts[index] += 1
             left -= 1
     return counts

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 EXIT_WITH_ERRORS = 6
 # Seconds between meetings at first, so that little is lost when the first guess of the work is wrong; and later.
 _FIRST_MEETING, _MEETING = 0.1, 2.0
+# Records a replica has beside those that run, so that it need not wait for the next meeting.
+_BACKLOG = 32
 _SYNC_SECONDS = 10.0
 
 
@@ -100,7 +102,8 @@ class _Loop:
         token_text = None if llm.tokenizer is None else lambda token: llm.tokenizer.decode([token], False)
         self._worker = ReplicaWorker(llm, ResultWriter(options.model, facts.created, token_text), results, errors)
         self._window = Window(job.read_records(self._bad_line)) if job is not None else None
-        self._target = 2 * EngineOptions().max_running
+        self._max_running = EngineOptions().max_running
+        self._target = self._max_running + _BACKLOG
         self._between, self._finished = _FIRST_MEETING, 0
         self._counts = JobCounts(facts.done, facts.settled, facts.pending)
         self._rates, self._job_rates, self._job_tokens = Rates(), Rates(), (0, 0)
@@ -142,8 +145,9 @@ class _Loop:
             return stops[0]
         if self._options.stop_on_error and failed:
             return "error"
-        # What a replica finishes between two meetings must not be all it has.
-        self._target = max(self._target, 3 * max(state["finished"] for state in firsts))
+        # What runs, and twice what is finished between two meetings; more would only be missing elsewhere at the end.
+        backlog = max(_BACKLOG, 2 * max(state["finished"] for state in firsts))
+        self._target = max(state["slots"] for state in firsts) + backlog
         self._take(shares(available, outstanding, self._target))
         return None
 
@@ -161,7 +165,8 @@ class _Loop:
             finished, self._finished = worker.done + worker.failed - self._finished, worker.done + worker.failed
             stats = self._llm.stats()
             state |= {"outstanding": worker.outstanding, "done": worker.done, "failed": worker.failed,
-                      "finished": finished, "prompt_tokens": stats["prompt_tokens"],
+                      "finished": finished, "slots": stats["running"] if stats["waiting"] else self._max_running,
+                      "prompt_tokens": stats["prompt_tokens"],
                       "generated_tokens": stats["generated_tokens"]}
         return state
 

@@ -92,9 +92,9 @@ def prepare_job(options: JobOptions, facts: dict[str, Any], say: Callable[[str],
     scan = scan_input(find_files(options.inputs, options.line_format))
     if options.stop_on_error and scan.first_bad is not None:
         raise scan.first_bad
+    wanted = _manifest(options, scan)
     directory = JobDirectory(options.directory)
     directory.create()
-    wanted = _manifest(options, scan)
     # Before a number is taken: what is refused leaves no trace.
     _continued(read_manifest(directory.manifest_path), wanted, options, 0)
     attempt = OwnAttempt(directory.path, {**facts, "versions": versions()}, say)

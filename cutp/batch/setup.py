@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,9 @@ from cutp.batch.stop import StopFlag
 from cutp.batch.walltime import default_margin, parse_duration, seconds_left
 from cutp.comm.communicator import Communicator
 from cutp.errors import CutpError, OutputError
+
+# How long a network file system may keep an old list of names.
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,20 @@ def announce(comm: Communicator, prepare: Callable[[], PreparedJob]) -> tuple[Pr
 def check_directory(comm: Communicator, directory: str, facts: JobFacts) -> None:
     """OutputError on every rank when one does not see the directory that rank 0 has taken."""
     with comm.host.agree("opening the directory of the job"):
-        if not (Path(directory) / facts.name).exists():
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while not _sees(directory, facts.name):
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
             raise OutputError(f"host {comm.hosts[comm.rank]} does not see the files of the job in {directory}",
                               hint="the directory must lie on a file system that all hosts share")
+
+
+def _sees(directory: str, name: str) -> bool:
+    try:
+        return name in os.listdir(directory)
+    except OSError:
+        return False
 
 
 def take_time_limit(comm: Communicator, options: JobOptions, stop: StopFlag) -> None:

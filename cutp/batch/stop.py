@@ -12,6 +12,8 @@ from types import FrameType
 EXIT_STOPPED = 75
 # From a signal to the end by force; schedulers kill about 30 s after SIGTERM.
 GRACE_SECONDS = 25.0
+# Within this time a signal that comes again is the same one, which a launcher has passed on as well.
+_ECHO_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -25,6 +27,7 @@ class StopFlag:
     def __init__(self, grace_seconds: float = GRACE_SECONDS):
         self._made = time.monotonic()
         self.signal: int | None = None
+        self._signalled = 0.0
         self.deadline: float | None = None
         self.given_up: str | None = None
         self._grace_seconds = grace_seconds
@@ -70,8 +73,10 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            self._end_by_force("a second signal")
-        self.signal = number
+            if time.monotonic() - self._signalled > _ECHO_SECONDS:
+                self._end_by_force("a second signal")
+            return
+        self.signal, self._signalled = number, time.monotonic()
         self._timer = threading.Timer(self._grace_seconds, self._end_by_force, (f"{self._grace_seconds:g} s",))
         self._timer.daemon = True
         self._timer.start()

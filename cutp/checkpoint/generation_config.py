@@ -50,21 +50,23 @@ class GenerationDefaults:
 def load_generation_config(directory: str | os.PathLike, config: ModelConfig) -> GenerationDefaults:
     """The defaults of a model directory; token ids that generation_config.json lacks come from `config`.
 
-    A directory without generation_config.json is fine. Raises ModelConfigError for a malformed file or value, and for
-    a token id that lies outside `vocab_size` when `config` has one.
+    A directory without generation_config.json is fine. Raises ModelConfigError for a malformed file or value. A token
+    id outside the `vocab_size` of `config` is not applied: a small model often has the ids of the large one whose
+    configuration it started from, and no text can hold them.
     """
     path = Path(directory) / "generation_config.json"
     raw = read_json_object(path, ModelConfigError) if path.exists() else {}
     generation = ModelConfig(raw, path)
+    outside: dict[str, None] = {}  # sentences, each once
 
     def ids(key: str) -> tuple[int, ...]:
         for source in (generation, config):
             found = source.token_ids(key, ())
             vocab_size = config.positive_int("vocab_size", None)
-            if vocab_size is not None and any(i >= vocab_size for i in found):
-                raise source.error(key, f"below vocab_size {vocab_size}")
-            if found:
-                return found
+            known = tuple(i for i in found if vocab_size is None or i < vocab_size)
+            outside.update({f"{key} {i}, beyond vocab_size {vocab_size}": None for i in found if i not in known})
+            if known:
+                return known
         return ()
 
     def one_id(key: str) -> int | None:
@@ -89,18 +91,19 @@ def load_generation_config(directory: str | os.PathLike, config: ModelConfig) ->
             raise generation.error(key, "from 0 to 1")
         return value
 
+    eos_token_ids, bos_token_id = ids("eos_token_id"), one_id("bos_token_id")
     return GenerationDefaults(
         temperature=generation.non_negative_float("temperature", None),
         top_k=generation.non_negative_int("top_k", None),
         top_p=probability("top_p"),
         min_p=probability("min_p"),
         do_sample=generation.boolean("do_sample", None),
-        eos_token_ids=ids("eos_token_id"),
-        bos_token_id=one_id("bos_token_id"),
+        eos_token_ids=eos_token_ids,
+        bos_token_id=bos_token_id,
         pad_token_id=pad_id(),
         max_new_tokens=generation.positive_int("max_new_tokens", None),
         repetition_penalty=generation.positive_float("repetition_penalty", None),
         min_new_tokens=generation.non_negative_int("min_new_tokens", None),
-        not_applied=tuple(f"{key} {shorten(json.dumps(raw[key]), 60)}" for key, neutral in _NOT_APPLIED.items()
-                          if raw.get(key) not in (None, [], {}, *neutral)),
+        not_applied=(*(f"{key} {shorten(json.dumps(raw[key]), 60)}" for key, neutral in _NOT_APPLIED.items()
+                       if raw.get(key) not in (None, [], {}, *neutral)), *outside),
     )

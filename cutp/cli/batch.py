@@ -16,7 +16,7 @@ _TALES = os.path.join(os.path.dirname(cutp.__file__), "bundled", "tales")
 EXAMPLE = ("""Input lines are OpenAI batch lines ({"custom_id", "url", "body"}), {"id", "prompt" or "messages"} with
 sampling parameters, or text. Results go to DIR/part-*.jsonl, records that cannot be served to DIR/errors.*.jsonl.
 Every line is written whole, and a record with a line is done. With --tp N the ranks form groups of N, which share the
-work. --seed is the seed of the job: each record has its own, made from it and from the record's id.
+work.
 Exit status: 0 all done; 6 all done, but with error records; 75 stopped early by a signal or the time limit: start the
 same command again, with any number of ranks.
 See also: cutp batch status DIR, cutp batch merge DIR -o FILE.
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="go on although input, model or parameters have changed; results that are there stay")
     job.add_argument("--interval", type=_seconds, default=30.0, metavar="S",
                      help="seconds between lines of progress and of metrics (default: 30)")
-    add_sampling_options(parser)
+    add_sampling_options(parser, "of the job, 0 to 2**64 - 1; every record has its own, made from it and from its id "
+                                 "(default: drawn when the job first starts)")
     add_engine_options(parser)
 
 
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
             replicas = split_replicas(comm, args.tp)
             progress = Progress(comm.rank == 0)
             try:
-                code = run_job(options, replicas, stop, progress, lambda: open_llm(args, replicas.group))
+                code = run_job(options, replicas, stop, progress, 
+                               lambda: open_llm(args, replicas.group, quiet=replicas.index > 0))
             finally:
                 progress.close()
                 replicas.close()

@@ -36,15 +36,18 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_llm(args: argparse.Namespace, comm: Communicator) -> LLM:
-    """The LLM that `args` describe, over `comm`; on rank 0 a long load shows its progress on a terminal."""
+def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = False) -> LLM:
+    """The LLM that `args` describe, over `comm`; on rank 0 a long load shows its progress on a terminal.
+
+    quiet: neither warnings nor progress, for the second and later of several equal models.
+    """
     from cutp.engine.llm import LLM
 
-    level = logging.WARNING if comm.rank == 0 else logging.ERROR
+    level = logging.WARNING if comm.rank == 0 and not quiet else logging.ERROR
     logging.basicConfig(level=level, format="cutp: %(levelname)s: %(message)s")
     with _LoadProgress() as progress:
         return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len,
-                   progress=progress.show if sys.stderr.isatty() else None)
+                   progress=progress.show if sys.stderr.isatty() and not quiet else None)
 
 
 class _LoadProgress:

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from cutp.engine.sampling_params import SamplingParams
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each of SamplingParams, but for bad_words, which has two."""
+_SEED_HELP = ("0 to 2**64 - 1, of the first prompt; the next ones have S + 1, S + 2, ...; drawn and reported when not "
+              "given")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, seed_help: str = _SEED_HELP) -> None:
+    """One option for each of SamplingParams, but for bad_words, which has two. seed_help: what --seed is there."""
     group = parser.add_argument_group("sampling (defaults: the model's generation_config.json, else temperature 1)")
     group.add_argument("--max-tokens", type=positive_int, metavar="N", help="tokens to generate at most")
     group.add_argument("--min-tokens", type=int, metavar="N", help="tokens to generate before anything may end it")
@@ -23,9 +27,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                        help="sample from the likeliest tokens of total probability P")
     group.add_argument("--min-p", type=float, metavar="P",
                        help="sample from tokens at least P times as likely as the likeliest")
-    group.add_argument("--seed", type=int, metavar="S",
-                       help="0 to 2**64 - 1, of the first prompt; the next ones have S + 1, S + 2, ...; drawn and "
-                            "reported when not given")
+    group.add_argument("--seed", type=int, metavar="S", help=seed_help)
     group.add_argument("--repetition-penalty", type=float, metavar="R",
                        help="divide logits of tokens of prompt and output by R, multiply negative ones; 1 is off")
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X",

@@ -74,10 +74,10 @@ class DeviceGroup(Sequence[DeviceRef]):
         if len({(x.shape, x.dtype) for x in xs}) > 1:
             given = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in xs)
             raise ConfigError(f"all_reduce needs arrays of one shape and dtype, not {given}")
-        if self.comm is not None:
-            return [self.comm.all_reduce(xs[0])]
         if self.size == 1:
             return [xs[0]]
+        if self.comm is not None:
+            return [self.comm.all_reduce(xs[0])]
         total = sum_in_rank_order(xs)
         return [total] * len(xs)
 

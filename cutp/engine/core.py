@@ -62,7 +62,8 @@ class EngineCore:
         this one. After any error the requests are dropped and the engine is ready for others.
         """
         try:
-            return self._step()
+            with self.runner.step():
+                return self._step()
         except CutpError:
             self.scheduler.clear()
             raise
@@ -80,10 +81,15 @@ class EngineCore:
         chunks = plan.chunks
         layers = sorted({layer for chunk in chunks if chunk.request.states for layer in chunk.request.states.layers})
         ready = time.perf_counter()
-        hidden, states = self.runner.run(chunks, self.scheduler.tables, layers)
-        self._collect_prompts(chunks, hidden, dict(zip(layers, states, strict=True)))
-        self.scheduler.advance(chunks)
-        events = self._sample(chunks, hidden)
+        tokens = self.runner.decode(chunks, self.scheduler.tables, self.sampler)
+        if tokens is not None:
+            self.scheduler.advance(chunks)
+            events = self._taken([chunk.request for chunk in chunks], tokens)
+        else:
+            hidden, states = self.runner.run(chunks, self.scheduler.tables, layers)
+            self._collect_prompts(chunks, hidden, dict(zip(layers, states, strict=True)))
+            self.scheduler.advance(chunks)
+            events = self._sample(chunks, hidden)
         for request, _ in events:
             if request.finish_reason is not None:
                 self.scheduler.finish(request)
@@ -127,11 +133,15 @@ class EngineCore:
             else:
                 requests.append(chunk.request)
                 rows.append(row)
-        self.stats.generated_tokens += len(requests)
         if requests:
             logits = self.runner.logits(hidden, np.array(rows))
             tokens = self.sampler.sample(logits, requests).tolist()
             self.sampler.record_logprobs(logits, requests, tokens)
-            events.extend((request, request.append(token)) for request, token in zip(requests, tokens, strict=True))
+            events.extend(self._taken(requests, tokens))
             events.sort(key=lambda event: event[0].id)
         return events
+
+    def _taken(self, requests: Sequence[Request], tokens: Sequence[int]) -> list[Event]:
+        """Each request takes its next token."""
+        self.stats.generated_tokens += len(requests)
+        return [(request, request.append(int(token))) for request, token in zip(requests, tokens, strict=True)]

@@ -43,24 +43,29 @@ class LogitRules:
 
 def apply_rules(logits_local: np.ndarray, vocab_start: int, requests: Sequence[Request],
                 rules: Sequence[LogitRules | None]) -> None:
-    """Changes the logits, float32 [B, V_local] from token id `vocab_start` on, in place.
+    """Changes the logits, float32 [B, V_local] from token id `vocab_start` on, in place."""
+    for ids, values in additions(requests, rules):
+        add_logit_bias(logits_local, vocab_start, ids, values)
+
+
+def additions(requests: Sequence[Request], rules: Sequence[LogitRules | None]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What is to be added to the logits of B requests, in this order: (ids int32 [B, M], values float32 [B, M]), with
+    the id -1 where a row has fewer than the longest one.
 
     The bias comes first, and a forbidden token gets -inf, so that no bias and no penalty brings it back.
     """
     used = [(row, rule, rule.forbidden(requests[row])) for row, rule in enumerate(rules) if rule is not None]
     biases = [(row, rule.bias_ids, rule.bias) for row, rule, _ in used if len(rule.bias_ids)]
     forbidden = [(row, list(ids), -np.inf) for row, _, ids in used if ids]
-    for additions in (biases, forbidden):
-        if additions:
-            _add(logits_local, vocab_start, additions)
+    return [_padded(len(requests), each) for each in (biases, forbidden) if each]
 
 
-def _add(logits_local: np.ndarray, vocab_start: int, additions: list) -> None:
-    """Adds (row, token ids, values) to the logits: all rows at once, padded to the longest one."""
-    most = max(len(ids) for _, ids, _ in additions)
-    all_ids = np.full((len(logits_local), most), -1, np.int32)
-    all_values = np.zeros((len(logits_local), most), np.float32)
-    for row, ids, values in additions:
+def _padded(count: int, rows: list) -> tuple[np.ndarray, np.ndarray]:
+    """(row, token ids, values) of some of `count` rows as two arrays."""
+    most = max(len(ids) for _, ids, _ in rows)
+    all_ids = np.full((count, most), -1, np.int32)
+    all_values = np.zeros((count, most), np.float32)
+    for row, ids, values in rows:
         all_ids[row, : len(ids)] = ids
         all_values[row, : len(ids)] = values
-    add_logit_bias(logits_local, vocab_start, all_ids, all_values)
+    return all_ids, all_values

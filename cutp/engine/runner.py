@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from cutp.comm.communicator import Communicator
 from cutp.comm.partition import split_range
 from cutp.engine.block_tables import BlockTables
+from cutp.engine.sampler import Sampler
 from cutp.engine.scheduler import Chunk
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.distributed_transformer import DistributedTransformer
@@ -16,7 +18,7 @@ from cutp.nn.ragged_batch import RaggedBatch
 from cutp.ops.logprobs import target_logprobs, top_logprobs
 
 # Logits held at once while a prompt is scored: 2**24 float32 values, 64 MB, whatever the vocabulary.
-_MAX_LOGITS = 1 << 24
+MAX_LOGITS = 1 << 24
 
 Scored = tuple[float, bool, list[tuple[int, float]]]
 
@@ -28,6 +30,11 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.comm = comm
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Everything of one step happens inside."""
+        yield
 
     @property
     def vocab_start(self) -> int:
@@ -51,6 +58,11 @@ class ModelRunner:
             streams[last] = self.model.normed(hidden)[0]
         return hidden, [streams[layer] for layer in layers]
 
+    def decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: Sampler) -> np.ndarray | None:
+        """The next token of every chunk's request, int64 [B], where this runner has a shorter way for such chunks;
+        None otherwise, and nothing is done."""
+        return None
+
     def logits(self, hidden: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
         """This rank's slice of the logits of `rows`, float32 [R, V_local]."""
         return self.model.local_logits(hidden, rows)[0]
@@ -62,7 +74,7 @@ class ModelRunner:
 
         The logits are made and dropped a block at a time, whatever the number of rows and the vocabulary.
         """
-        block = max(1, _MAX_LOGITS // max(1, self.model.vocab_size // self.comm.size))
+        block = max(1, MAX_LOGITS // max(1, self.model.vocab_size // self.comm.size))
         scored: list[Scored] = []
         for i in range(0, len(rows), block):
             logits = self.logits(hidden, rows[i : i + block])

@@ -226,7 +226,7 @@ class Scheduler:
 
     def _shareable(self, request: Request) -> int:
         """Full pages at the beginning of a request of which no hidden state is needed."""
-        return min(request.needed_from, request.length - 1) // self.pool.page_size
+        return request.needed_from // self.pool.page_size
 
     def _reuse(self, step: _Pass, request: Request, keys: PageKeys) -> None:
         """Goes on with pages of the prefix cache as far as it has them."""

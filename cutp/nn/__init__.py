@@ -56,6 +56,8 @@ from cutp.nn.linear import ColumnParallelLinear, FusedLinear, Linear, StackedLin
 from cutp.nn.mla import MultiHeadLatentAttention, TensorParallelMultiHeadLatentAttention
 from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, ShardableModule, Weight
+from cutp.nn.moe import Experts, MoE
+from cutp.nn.moe_router import GroupLimitedRouter, SoftmaxRouter, TopKSoftmaxRouter
 from cutp.nn.norm import LayerNorm, RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.return_hidden_states import ReturnHiddenStates
@@ -74,12 +76,15 @@ __all__ = [
     "DistributedTransformerBlock",
     "Embedding",
     "EvenSegment",
+    "Experts",
     "FusedLinear",
+    "GroupLimitedRouter",
     "HeadSegment",
     "KVCacheParams",
     "LayerNorm",
     "Linear",
     "MLP",
+    "MoE",
     "Module",
     "MultiHeadLatentAttention",
     "PagedKVCache",
@@ -94,9 +99,11 @@ __all__ = [
     "ShardableModule",
     "ShardedRMSNorm",
     "ShardingStrategy",
+    "SoftmaxRouter",
     "StackedLinear",
     "TensorParallelAttentionWithRope",
     "TensorParallelMultiHeadLatentAttention",
+    "TopKSoftmaxRouter",
     "VocabParallelEmbedding",
     "Weight",
     "allocate_caches",

@@ -17,9 +17,7 @@ from cutp.nn.norm import RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import HeadSegment, ShardingStrategy, qkv_segments
-from cutp.ops.attention import paged_attention
-from cutp.ops.kv_write import kv_write
-from cutp.ops.rotary import apply_rotary
+from cutp.ops.dispatch import rotary_kv_write
 
 
 class AttentionWithRope(ShardableModule):
@@ -73,43 +71,52 @@ class AttentionWithRope(ShardableModule):
         """x [T, hidden] -> [T, hidden]; writes the new keys and values into layer `layer_idx` of `cache`."""
         return self.o_proj(self.attended(layer_idx, self.projected(x), cache, batch))
 
-    def projected(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries, keys and values of this shard's heads, [T, heads * head_dim] each, before norm and rotation."""
+    def projected(self, x: np.ndarray) -> np.ndarray:
+        """Queries, keys and values of this shard's heads side by side, [T, (n_heads + 2 * n_kv_heads) * head_dim],
+        before norm and rotation."""
         qkv = self.qkv_proj(x)
         if self.clip_qkv is not None:
             # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
             qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv).astype(x.dtype, copy=False)
-        q, k, v = np.split(qkv, np.cumsum(self.qkv_proj.out_dims)[:-1], axis=1)
-        return q, k, v
+        return qkv
 
-    def square_sums(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    def square_sums(self, qkv: np.ndarray) -> np.ndarray:
         """What this shard adds to the sums of squares of all queries and all keys of a token, float32 [T, 2]."""
+        q, k = self._queries_and_keys(qkv)
         k_sum = self.k_norm.square_sum(k)
         return np.concatenate([self.q_norm.square_sum(q), k_sum if self._counts_keys else np.zeros_like(k_sum)], axis=1)
 
-    def attended(self, layer_idx: int, qkv: tuple[np.ndarray, np.ndarray, np.ndarray], cache: PagedKVCache,
-                 batch: RaggedBatch, square_sums: np.ndarray | None = None) -> np.ndarray:
-        """The input of o_proj, [T, heads of this shard * head_dim], from the result of `projected`.
+    def attended(self, layer_idx: int, qkv: np.ndarray, cache: PagedKVCache, batch: RaggedBatch,
+                 square_sums: np.ndarray | None = None) -> np.ndarray:
+        """The input of o_proj, [T, heads of this shard * head_dim], from the result of `projected`, which is used up.
 
         square_sums: with a norm over the projection, those of all ranks together; one rank alone needs none.
         """
-        q, k, v = qkv
-        if self.norm_over_projection:
-            q_sum, k_sum = (None, None) if square_sums is None else (square_sums[:, :1], square_sums[:, 1:])
-            q, k = self.q_norm(q, q_sum), self.k_norm(k, k_sum)
-        q, k, v = (part.reshape(len(q), part.shape[1] // self.head_dim, self.head_dim) for part in (q, k, v))
-        if self.q_norm is not None and not self.norm_over_projection:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            cos, sin = batch.rotary(self.rope, q.dtype)
-            q = apply_rotary(q, cos, sin, interleaved=self.rope.interleaved)
-            k = apply_rotary(k, cos, sin, interleaved=self.rope.interleaved)
+        if self.q_norm is not None:
+            self._normalize(qkv, square_sums)
+        cos, sin = (None, None) if self.rope is None else batch.rotary(self.rope, qkv.dtype)
         pages = cache.blocks[layer_idx]
-        kv_write(k, v, pages, batch.slots)
-        y = paged_attention(q, pages, batch.lookup_table, batch.input_row_offsets, batch.cache_lengths, self.scale,
-                            window=self.window, softcap=self.softcap,
+        q = rotary_kv_write(qkv, self.n_heads, cos, sin, batch.slots, pages,
+                            interleaved=self.rope is not None and self.rope.interleaved)
+        y = batch.attention(q, pages, self.scale, window=self.window, softcap=self.softcap,
                             sinks=None if self.sinks is None else self.sinks.value)
-        return y.reshape(len(y), self.n_heads * self.head_dim)
+        return y.reshape(y.shape[0], self.n_heads * self.head_dim)
+
+    def _queries_and_keys(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Views of `qkv`: [T, n_heads * head_dim] and [T, n_kv_heads * head_dim]."""
+        first, last = self.n_heads * self.head_dim, (self.n_heads + self.n_kv_heads) * self.head_dim
+        return qkv[:, :first], qkv[:, first:last]
+
+    def _normalize(self, qkv: np.ndarray, square_sums: np.ndarray | None) -> None:
+        """Replaces queries and keys in `qkv` by their norms."""
+        parts = self._queries_and_keys(qkv)
+        sums = (None, None) if square_sums is None else (square_sums[:, :1], square_sums[:, 1:])
+        for norm, part, total in zip((self.q_norm, self.k_norm), parts, sums, strict=True):
+            if self.norm_over_projection:
+                norm(part, total, out=part)
+            else:
+                heads = part.reshape(part.shape[0], part.shape[1] // self.head_dim, self.head_dim)
+                norm(heads, out=heads)
 
     def signature(self) -> dict[str, object]:
         rope = self.rope
@@ -170,7 +177,7 @@ class TensorParallelAttentionWithRope(Module):
         projected = [shard.projected(x) for shard, x in zip(self.shards, xs, strict=True)]
         sums = [None] * len(projected)
         if self.shards[0].norm_over_projection:
-            sums = self.group.all_reduce([shard.square_sums(q, k)
-                                          for shard, (q, k, _) in zip(self.shards, projected, strict=True)])
+            sums = self.group.all_reduce([shard.square_sums(qkv)
+                                          for shard, qkv in zip(self.shards, projected, strict=True)])
         return [shard.attended(layer_idx, qkv, cache, batch, total)
                 for shard, qkv, cache, total in zip(self.shards, projected, caches, sums, strict=True)]

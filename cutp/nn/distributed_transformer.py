@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from cutp.array.scratch import frame
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
@@ -22,13 +23,14 @@ from cutp.nn.embedding import VocabParallelEmbedding
 from cutp.nn.linear import ColumnParallelLinear, Linear
 from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, Shards, sharded
+from cutp.nn.norm import RMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.return_hidden_states import ReturnHiddenStates, check_selected_layers
 from cutp.nn.return_logits import ReturnLogits, logit_rows
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import Shardable, ShardingStrategy
 from cutp.nn.subgraphs import plan_layer_runs
-from cutp.ops.residual import residual_add, scale
+from cutp.ops.dispatch import copied, finish_logits, residual_add, scale, take_rows
 
 T = TypeVar("T")
 
@@ -114,9 +116,18 @@ class DistributedTransformerBlock(Module):
         if self.parallel:
             return self._add(xs, self._both(layer_idx, normed, caches, batch))
         attended = self.self_attn(layer_idx, normed, caches, batch)
-        hs = self._add(xs, _normed(self.post_self_attn_layernorm, attended))
-        fed = self._feed_forward(_normed(self.post_attention_layernorm, hs))
-        return self._add(hs, _normed(self.post_mlp_layernorm, fed))
+        hs, normed = self._add_and_norm(xs, _normed(self.post_self_attn_layernorm, attended))
+        return self._add(hs, _normed(self.post_mlp_layernorm, self._feed_forward(normed)))
+
+    def _add_and_norm(self, xs: Sequence[np.ndarray],
+                      ys: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+        """The residual streams with `ys` added, and their norms before the feed-forward layer."""
+        norms = self.post_attention_layernorm
+        if norms is not None and self.residual_multiplier == 1.0 and all(isinstance(norm, RMSNorm) for norm in norms):
+            pairs = [norm.after_add(y, x) for norm, x, y in zip(norms, xs, ys, strict=True)]
+            return [h for h, _ in pairs], [normed for _, normed in pairs]
+        hs = self._add(xs, ys)
+        return hs, _normed(norms, hs)
 
     def _both(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
               batch: RaggedBatch) -> list[np.ndarray]:
@@ -251,12 +262,14 @@ class DistributedTransformer(Module):
         self._check_caches(batch, caches)
         hs = [scale(h, self.embedding_multiplier) for h in self.embed_tokens(batch.tokens)]
         if streams is not None and 0 in streams:
-            streams[0] = hs[0]
+            streams[0] = copied(hs[0])
         for run in self.layer_runs:
             for layer_idx in range(run.start, run.stop):
-                hs = self.layers[layer_idx](layer_idx, hs, caches, batch)
+                # On a device a block leaves its result where it found the residual stream.
+                with frame():
+                    hs = self.layers[layer_idx](layer_idx, hs, caches, batch)
                 if streams is not None and layer_idx + 1 in streams:
-                    streams[layer_idx + 1] = hs[0]
+                    streams[layer_idx + 1] = copied(hs[0])
         return hs
 
     def _check_caches(self, batch: RaggedBatch, caches: Sequence[PagedKVCache]) -> None:
@@ -269,7 +282,11 @@ class DistributedTransformer(Module):
 
     def local_logits(self, hs: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
         """Each local device's slice of the logits of `rows`, float32 [R, V_local], scaled and capped, not gathered."""
-        return self._head(self.normed([h[rows] for h in hs]))
+        return self._head(self.normed([take_rows(h, rows) for h in hs]))
+
+    def all_local_logits(self, hs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """`local_logits` of all rows."""
+        return self._head(self.normed(hs))
 
     def normed(self, hs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The final norm of one residual stream a local device."""
@@ -285,12 +302,4 @@ class DistributedTransformer(Module):
         return (h[batch.input_row_offsets[1:] - 1],) if mode is ReturnHiddenStates.LAST else (h,)
 
     def _head(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self._finish_logits(part.astype(np.float32, copy=False)) for part in self.lm_head.local(normed)]
-
-    def _finish_logits(self, logits: np.ndarray) -> np.ndarray:
-        if self.logits_scaling != 1.0:
-            logits = logits / np.float32(self.logits_scaling)
-        if self.logit_softcapping is not None:
-            cap = np.float32(self.logit_softcapping)
-            logits = cap * np.tanh(logits / cap)
-        return logits
+        return [finish_logits(part, self.logits_scaling, self.logit_softcapping) for part in self.lm_head.local(normed)]

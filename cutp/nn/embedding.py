@@ -7,7 +7,7 @@ import numpy as np
 from cutp.comm.device_group import DeviceGroup
 from cutp.nn.module import Module, ShardableModule, Weight, sharded
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.embedding import embedding
+from cutp.ops.dispatch import embedding
 
 
 class Embedding(ShardableModule):

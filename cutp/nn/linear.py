@@ -10,7 +10,7 @@ from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.nn.module import Module, ShardableModule, Shards, Weight, sharded
 from cutp.nn.sharding import EvenSegment, OwnerSegment, Segment, ShardingStrategy, qkv_segments
-from cutp.ops.linear import linear
+from cutp.ops.dispatch import linear
 
 
 class Linear(ShardableModule):

@@ -7,7 +7,8 @@ import numpy as np
 from cutp.nn.linear import Linear, gate_up_linear
 from cutp.nn.module import ShardableModule
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.activation import activation_name, gated_activation
+from cutp.ops.activation import activation_name
+from cutp.ops.dispatch import gated_activation
 
 
 class MLP(ShardableModule):

@@ -7,7 +7,8 @@ import numpy as np
 from cutp.errors import ConfigError
 from cutp.nn.module import ShardableModule, Weight
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.rms_norm import layer_norm, rms_norm, square_sum
+from cutp.ops.dispatch import add_rms_norm, rms_norm
+from cutp.ops.rms_norm import layer_norm, square_sum
 
 
 class _Norm(ShardableModule):
@@ -43,11 +44,20 @@ class RMSNorm(_Norm):
         super().__init__(dim, dtype, eps)
         self.weight_offset, self.multiply_before_cast = weight_offset, multiply_before_cast
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """x [..., dim] -> the same shape and dtype. ConfigError when the last axis is not `dim`."""
+    def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """x [..., dim] -> the same shape and dtype, in `out` if given, which may be `x`.
+
+        ConfigError when the last axis is not `dim`.
+        """
         self._check(x)
         return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
-                        multiply_before_cast=self.multiply_before_cast)
+                        multiply_before_cast=self.multiply_before_cast, out=out)
+
+    def after_add(self, x: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(residual + x, its norm) in one pass; on a device the sum takes the place of `residual`."""
+        self._check(x)
+        return add_rms_norm(x, residual, self.weight.value, self.eps, weight_offset=self.weight_offset,
+                            multiply_before_cast=self.multiply_before_cast)
 
 
 class ShardedRMSNorm(RMSNorm):
@@ -57,7 +67,8 @@ class ShardedRMSNorm(RMSNorm):
     squares over all ranks; `square_sum` is what it adds to that sum.
     """
 
-    def __call__(self, x: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, x: np.ndarray, total: np.ndarray | None = None,
+                 out: np.ndarray | None = None) -> np.ndarray:
         """x [T, channels of this shard] -> the same shape and dtype.
 
         total: float32 [T, 1], the sum of squares over all `dim` channels; a shard that holds all of them needs none.
@@ -70,7 +81,8 @@ class ShardedRMSNorm(RMSNorm):
                                   "squares over all of them")
             total = square_sum(x)
         return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
-                        multiply_before_cast=self.multiply_before_cast, mean_square=total / np.float32(self.dim))
+                        multiply_before_cast=self.multiply_before_cast, mean_square=total / np.float32(self.dim),
+                        out=out)
 
     def square_sum(self, x: np.ndarray) -> np.ndarray:
         """The sum of squares of this shard's channels, float32 [T, 1]."""

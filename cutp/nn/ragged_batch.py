@@ -10,6 +10,7 @@ import numpy as np
 
 from cutp.errors import ConfigError
 from cutp.nn.rotary_embedding import RotaryEmbedding
+from cutp.ops.attention import paged_attention
 from cutp.ops.rotary import rotary_table
 
 
@@ -84,6 +85,12 @@ class RaggedBatch:
         """Cache slot of each token, [T]: page * page_size + offset in the page."""
         page, offset = np.divmod(self.positions, self.page_size)
         return self.lookup_table[self.request_of_token, page] * self.page_size + offset
+
+    def attention(self, q: np.ndarray, pages: np.ndarray, scale: float, *, window: int | None = None,
+                  softcap: float | None = None, sinks: np.ndarray | None = None) -> np.ndarray:
+        """`cutp.ops.attention.paged_attention` of queries [T, H, D] over the pages of this batch's requests."""
+        return paged_attention(q, pages, self.lookup_table, self.input_row_offsets, self.cache_lengths, scale,
+                               window=window, softcap=softcap, sinks=sinks)
 
     def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of every token for `rope`, [T, rotary_dim / 2] each; computed once a pass."""

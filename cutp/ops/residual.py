@@ -20,3 +20,14 @@ def residual_add(x: np.ndarray, y: np.ndarray, multiplier: float = 1.0, out: np.
     if multiplier != 1.0:
         addend = rounded(addend * np.float32(multiplier), x.dtype)
     return store(as_float32(x) + addend, x.dtype, out)
+
+
+def finish_logits(logits: np.ndarray, scaling: float = 1.0, softcapping: float | None = None) -> np.ndarray:
+    """logits / scaling in float32, then softcapping * tanh(that / softcapping) unless it is None; float32."""
+    logits = logits.astype(np.float32, copy=False)
+    if scaling != 1.0:
+        logits = logits / np.float32(scaling)
+    if softcapping is not None:
+        cap = np.float32(softcapping)
+        logits = cap * np.tanh(logits / cap)
+    return logits

@@ -367,16 +367,23 @@ def test_a_directory_that_cannot_be_made(options, tmp_path):
 def test_a_directory_that_another_host_does_not_see(options, monkeypatch):
     from cutp.batch import setup
 
-    class Elsewhere:
-        def __init__(self, path):
-            pass
+    monkeypatch.setattr(setup, "_PATIENCE_SECONDS", 0.3)
 
-        def __truediv__(self, name):
-            return self
+    class Late:
+        """A directory that is not there at first, and in which the file of this start appears late or never."""
 
-        def exists(self):
-            return False
+        def __init__(self, appears):
+            self.calls, self.appears = 0, appears
 
-    monkeypatch.setattr(setup, "Path", Elsewhere)
+        def listdir(self, path):
+            self.calls += 1
+            if self.calls == 1:
+                raise FileNotFoundError(path)
+            return ["attempt-0.jsonl", f"attempt-{1 if self.appears and self.calls > 2 else 9}.jsonl"]
+
+    monkeypatch.setattr(setup, "os", Late(False))
     with pytest.raises(OutputError, match="must lie on a file system that all hosts share"):
         run(options, 2)
+    monkeypatch.setattr(setup, "_PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr(setup, "os", Late(True))
+    assert run(replace(options, directory=f"{options.directory}2"))[0] == 0

@@ -19,7 +19,9 @@ from cutp.batch.status import job_status
 from cutp.errors import OutputError, RequestError
 from tests.batch.fake_llm import write_lines, write_model
 
-IDS = ["a", "b", 1, "1", "ä\n", "in.jsonl:7", 2**70, "\0"]
+# The last two have keys that begin and end with a zero byte.
+IDS = ["a", "b", 1, "1", "ä\n", "in.jsonl:7", 2**70, "\0", *(
+    next(i for i in range(start, 10**5) if key_of(i)[at] == 0) for start, at in ((2, 0), (100, -1)))]
 
 
 def prepared(folder, **options):

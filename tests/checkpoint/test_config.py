@@ -165,7 +165,7 @@ class TestGeneration:
     @pytest.mark.parametrize(
         "bad",
         [{"temperature": -1}, {"temperature": "hot"}, {"top_k": 1.5}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": 2},
-         {"do_sample": 1}, {"eos_token_id": "2"}, {"eos_token_id": [2, "3"]}, {"eos_token_id": 9},
+         {"do_sample": 1}, {"eos_token_id": "2"}, {"eos_token_id": [2, "3"]},
          {"bos_token_id": [1, 2]}, {"pad_token_id": "x"}, {"max_new_tokens": 0}, {"repetition_penalty": 0},
          {"min_new_tokens": -1}],
     )  # fmt: skip
@@ -173,6 +173,13 @@ class TestGeneration:
         (key,) = bad
         with pytest.raises(ModelConfigError, match=f"{key} in .*generation_config.json"):
             self.load(tmp_path, {"vocab_size": 9}, bad)
+
+    def test_ids_outside_the_vocabulary_are_not_applied(self, tmp_path):
+        config = {"vocab_size": 9, "bos_token_id": 8, "eos_token_id": 9}
+        found = self.load(tmp_path, config, {"eos_token_id": [9, 3], "bos_token_id": 77})
+        assert (found.eos_token_ids, found.bos_token_id) == ((3,), 8)
+        assert found.not_applied == ("eos_token_id 9, beyond vocab_size 9", "bos_token_id 77, beyond vocab_size 9")
+        assert self.load(tmp_path, config, {}).eos_token_ids == ()
 
     def test_what_is_not_applied_is_named(self, tmp_path):
         generation = {"num_beams": 4, "typical_p": 0.9, "no_repeat_ngram_size": 3, "suppress_tokens": [1, 2],

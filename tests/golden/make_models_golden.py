@@ -1,6 +1,6 @@
 """Writes FAMILY.npz: what Hugging Face transformers computes for the checkpoints of tests/tiny_models.
 
-    pip install torch transformers safetensors
+    pip install torch transformers safetensors accelerate    # accelerate: for the MXFP4 cases
     python tests/golden/make_models_golden.py FAMILY...          # one file a family is written
     python tests/golden/make_models_golden.py CASE...            # only computed and printed
 

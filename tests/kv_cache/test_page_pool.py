@@ -111,3 +111,14 @@ def test_an_idle_page_that_is_shared_again_is_the_last_to_be_evicted():
     pool.share([0])
     pool.release([0])
     assert pool.idle_pages == 3 and pool.take(3) == [1, 2, 0]
+
+
+def test_an_evicted_page_is_not_kept_any_more():
+    pool = PagePool(2, 4)
+    pages = pool.take(2)
+    pool.keep(1)
+    pool.release(pages)
+    assert pool.idle_pages == 1
+    assert pool.take(2) == [0, 1]
+    pool.release([1])
+    assert pool.idle_pages == 0 and pool.free_pages == 1

@@ -1,5 +1,8 @@
 """Pages are found by all the tokens that lead to them, under the same salt only; ends of chains are evicted first."""
 
+import hashlib
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +78,16 @@ def test_equal_engines_make_equal_keys():
     tokens = list(range(10))
     first, second = keys_of(make(salt=b"s")[1], tokens, b"x"), keys_of(make(salt=b"s")[1], tokens, b"x")
     assert [second[i] for i in (4, 0, 2)] == [first[i] for i in (4, 0, 2)]
+
+
+def test_the_hash():
+    _, cache = make(salt=b"engine")
+    secret = hashlib.blake2b(b"engine").digest()
+    key = hashlib.blake2b(b"tenant", digest_size=16, key=secret, person=b"salt").digest()
+    keys = keys_of(cache, [7, 2**40, 0, 9], b"tenant")
+    for page, tokens in enumerate(([7, 2**40], [0, 9])):
+        key = hashlib.blake2b(key + np.array(tokens, np.int64).tobytes(), digest_size=16, key=secret).digest()
+        assert keys[page] == key
 
 
 def test_a_salt_cannot_continue_another_chain():

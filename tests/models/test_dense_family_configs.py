@@ -105,6 +105,15 @@ def test_whole_heads_are_rotated(name, raw):
     assert build(name, **raw).rope.rotary_dim == 12
 
 
+@pytest.mark.parametrize("value, overlap", [("0", False), ("1", True)])
+def test_sums_overlap_where_that_is_asked_for(value, overlap, monkeypatch):
+    monkeypatch.setenv("CUTP_MATMUL_ALLREDUCE", value)
+    for layer in build("olmo2").layers:
+        assert layer.overlap_down_proj is layer.self_attn.overlap_o_proj is overlap
+    for layer in build("mixtral", num_local_experts=2, num_experts_per_tok=1).layers:
+        assert layer.overlap_down_proj is False and layer.self_attn.overlap_o_proj is overlap
+
+
 def test_multipliers_of_granite():
     model = build("granite", embedding_multiplier=12, attention_multiplier=0.25, residual_multiplier=0.5,
                   logits_scaling=8)

@@ -1,12 +1,16 @@
 """Which family a config.json belongs to, families from outside the package, and what is said when there is none."""
 
 import inspect
+import pathlib
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+import cutp.models
 from cutp.checkpoint import ModelConfig
+from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError, ModelConfigError, UnsupportedModelError
 from cutp.models import registry
 from cutp.models.registry import ModelFamily, families, find_family, register
@@ -114,3 +118,18 @@ def test_a_family_is_one_short_file_that_knows_of_no_ranks(architecture):
     assert len(source.splitlines()) < 150
     code = re.sub(r'""".*?"""', "", source, flags=re.DOTALL)
     assert not re.search(r"\branks?\b|\.size\b|all_reduce|all_gather|local_(ranks|devices|shape)", code)
+
+
+def test_the_example_of_the_readme_builds():
+    text = (pathlib.Path(cutp.models.__file__).parent / "README.md").read_text()
+    code, last = re.search(r"```python\n(.*)(llm = LLM.*?)```", text, re.DOTALL).groups()
+    assert len(text.splitlines()) <= 60 and last.count("\n") == 1
+    exec(code, {})
+    raw = config(architectures=["MyForCausalLM"], hidden_size=24, intermediate_size=20, num_hidden_layers=4,
+                 num_attention_heads=3, vocab_size=32, sliding_window=8)
+    family = find_family(raw)
+    model = family.build(raw, DeviceGroup.planned(3, 1), np.dtype(np.float32), 64)
+    attentions = [layer.self_attn.shards[0] for layer in model.layers]
+    assert [attention.window for attention in attentions] == [8, 8, 8, None]
+    assert [attention.rope is None for attention in attentions] == [False, False, False, True]
+    assert family.checkpoint_name("layers.0.mlp.up_proj.weight") == "model.layers.0.feed_forward.up_proj.weight"

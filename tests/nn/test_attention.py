@@ -29,6 +29,8 @@ OPTIONS = {
     "output bias only": {"has_output_bias": True},
     "no output bias": {"has_bias": True, "has_output_bias": False},
     "qk norm": {"qk_norm_eps": 1e-3},
+    "qk norm, offset": {"qk_norm_eps": 1e-3, "qk_norm_offset": 1.0},
+    "qk norm over the projection": {"qk_norm_eps": 1e-2, "qk_norm_over_projection": True},
     "clip": {"clip_qkv": 0.4},
     "scale": {"scale": 0.9},
     "window and softcap": {"window": 3, "softcap": 1.5},
@@ -53,17 +55,20 @@ def inputs(rows, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, HIDDEN)).astype(np.float32)
 
 
-def by_hand(x, values, n_heads, n_kv_heads, *, rope=ROPE, qk_norm_eps=None, clip_qkv=None, scale=None, window=None,
-            softcap=None, **_):
+def by_hand(x, values, n_heads, n_kv_heads, *, rope=ROPE, qk_norm_eps=None, qk_norm_offset=0.0,
+            qk_norm_over_projection=False, clip_qkv=None, scale=None, window=None, softcap=None, **_):
     """One request's rows [L, HIDDEN], all new, in float64."""
     x = x.astype(np.float64)
     heads = {}
     for p in "qkv":
         y = x @ values[f"{p}_proj.weight"].astype(np.float64).T + values.get(f"{p}_proj.bias", 0)
         y = y if clip_qkv is None else np.clip(y, -clip_qkv, clip_qkv)
-        y = y.reshape(len(x), -1, DIM)
+        heads_apart = (len(x), -1, DIM)
+        y = y if qk_norm_over_projection else y.reshape(heads_apart)
         if p != "v" and qk_norm_eps is not None:
-            y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + qk_norm_eps) * values[f"{p}_norm.weight"]
+            weight = values[f"{p}_norm.weight"] + qk_norm_offset
+            y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + qk_norm_eps) * weight
+        y = y.reshape(heads_apart)
         heads[p] = y if p == "v" or rope is None else turned(y, rope)
     q, k, v = heads["q"], heads["k"], heads["v"]
     out = np.zeros((len(x), n_heads, DIM))
@@ -196,6 +201,9 @@ def test_names():
     projections = [f"{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
     names = [name for name, _ in layer.named_weights()]
     assert names == [*projections, "q_norm.weight", "k_norm.weight", "sinks"]
+    fused = TensorParallelAttentionWithRope(make(4, 2, has_bias=True, fused_qkv=True), cpus(1))
+    assert [name for name, _ in fused.named_weights()] == [f"{module}_proj.{kind}" for module in ("qkv", "o")
+                                                          for kind in ("weight", "bias")]
 
 
 def test_other_strategies_and_wrong_counts_are_refused():

@@ -39,11 +39,6 @@ def test_equals_the_formula(activation, limit):
     close(mlp(inputs()), by_hand(inputs(), values, activation, limit))
 
 
-def test_names():
-    names = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
-    assert [name for name, _ in MLP(6, 10, np.float32).named_weights()] == names
-
-
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("width", [8, 11])
 @pytest.mark.parametrize("n", DEVICE_COUNTS)
@@ -75,3 +70,21 @@ def test_bfloat16_stays_bfloat16():
 def test_unknown_activation():
     with pytest.raises(UnsupportedModelError, match="'mish'"):
         MLP(6, 10, np.float32, activation="mish")
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_names(has_bias):
+    kinds = ("weight", "bias") if has_bias else ("weight",)
+    for fused, modules in ((False, ("gate_proj", "up_proj", "down_proj")), (True, ("gate_up_proj", "down_proj"))):
+        names = [name for name, _ in MLP(6, 10, np.float32, has_bias=has_bias, fused=fused).named_weights()]
+        assert names == [f"{module}.{kind}" for module in modules for kind in kinds]
+
+
+@pytest.mark.parametrize("n", (1, 2, 3))
+def test_gate_and_up_in_one_weight(n):
+    apart, fused = MLP(6, 7, np.float32), MLP(6, 7, np.float32, fused=True)
+    values = fill(apart)
+    fused.load({"gate_up_proj.weight": np.concatenate([values.pop("gate_proj.weight"), values.pop("up_proj.weight")]),
+                **values})
+    shards = sharded(fused, ShardingStrategy.tensor_parallel(n), cpus(n))
+    close(sum(forward_sharded_layers(shards, [inputs()] * n)), apart(inputs()))

@@ -99,7 +99,7 @@ def test_clamped_swiglu(rows, width, alpha, limit):
 def test_clamped_swiglu_at_its_ends():
     x = np.array([[1e30, -1e30, 7.5, 0, 1e30, -1e30, -7.5, np.inf]], np.float32)
     with np.errstate(over="ignore"):
-        assert clamped_swiglu(x).tolist() == [[pytest.approx(56), 0, pytest.approx(-42), 0]]
+        assert clamped_swiglu(x).tolist() == [[pytest.approx(56, 1e-4), 0, pytest.approx(-42, 1e-4), 0]]
 
 
 def test_clamped_swiglu_rounds_every_step():

@@ -125,7 +125,7 @@ def test_equals_float64_up_to_one_rounding(device, dtype):
     for groups, n, k in shapes:
         case = Case(normal, dtype, groups, n, k)
         exact = case.exact()
-        slack = 2e-6 * case.exact(magnitudes=True)
+        slack = 4e-6 * case.exact(magnitudes=True)  # tensor cores cut bits off in every addition
         # The bias is added in float32.
         slack += np.abs(exact) * 2.0**-23
         assert (np.abs(case.run(device, float32) - exact) <= slack).all(), (groups, n, k)
@@ -226,16 +226,17 @@ def test_the_layer(device):
     def layer(first, own):
         experts = device.poisoned((tokens, top_k), np.int32)
         weights = device.poisoned((tokens, top_k), np.float32)
-        route_softmax(device.array(logits), top_k, renormalize=True, experts=experts, weights=weights)
+        route_softmax(device.array(logits), top_k, renormalize=True, experts=experts, weights=weights, pdl=True)
         of_row, offsets = device.poisoned((tokens * top_k,), np.int32), device.poisoned((own + 1,), np.int32)
         positions = device.poisoned((tokens, top_k), np.int32)
-        expert_rows(experts, first, own, tokens=of_row, offsets=offsets, positions=positions)
+        expert_rows(experts, first, own, tokens=of_row, offsets=offsets, positions=positions, pdl=True)
         wide, narrow = (device.poisoned((tokens * top_k, n), bfloat16) for n in (2 * width, width))
-        grouped_linear(device.array(x), device.array(gate_up[first : first + own]), offsets, tokens=of_row, out=wide)
-        gated_activation(wide, "silu", out=narrow)
+        grouped_linear(device.array(x), device.array(gate_up[first : first + own]), offsets, tokens=of_row, out=wide,
+                       pdl=True)
+        gated_activation(wide, "silu", out=narrow, pdl=True)
         y, out = device.poisoned((tokens * top_k, dim), bfloat16), device.poisoned((tokens, dim), bfloat16)
-        grouped_linear(narrow, device.array(down[first : first + own]), offsets, out=y)
-        combine_experts(y, positions, weights, out=out)
+        grouped_linear(narrow, device.array(down[first : first + own]), offsets, out=y, pdl=True)
+        combine_experts(y, positions, weights, out=out, pdl=True)
         return device.numpy(out).astype(np.float64)
 
     probabilities = np.exp(logits.astype(np.float64))

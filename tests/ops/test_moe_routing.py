@@ -63,6 +63,8 @@ def test_ties_go_to_the_lower_index(name):
         assert (weights == weights[0, 0]).all()
     row = np.array([[1, 2, 0, 2, 1, 2, -0.0]], F32)
     assert ROUTERS[name](row, 6)[0].tolist() == [[1, 3, 5, 0, 4, 2]]
+    rows = np.random.default_rng(0).integers(0, 4, (5, 256)).astype(F32)
+    assert ROUTERS[name](rows, 100)[0].tolist() == [expected(name, row, 100)[0] for row in rows]
 
 
 def test_the_choice_compares_logits_not_probabilities():

@@ -1,0 +1,100 @@
+"""`ModelRunner` on a GPU: batches are uploaded, layers compute in scratch memory, plain decoding replays graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cutp.array.scratch import Memory, Scratch
+from cutp.comm.communicator import Communicator
+from cutp.engine.block_tables import BlockTables
+from cutp.engine.decode_graphs import DecodeGraphs
+from cutp.engine.device_sampler import DeviceSampler
+from cutp.engine.device_scores import DeviceScores
+from cutp.engine.runner import MAX_LOGITS, ModelRunner, Scored
+from cutp.engine.scheduler import Chunk
+from cutp.kv_cache.paged import PagedKVCache
+from cutp.nn.device_batch import AttentionShape, DecodeWorkspace, RotaryTables, upload_batch
+from cutp.nn.distributed_transformer import DistributedTransformer
+from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor
+
+
+class DeviceRunner(ModelRunner):
+    """The model, its cache and its communicator on one GPU. Everything is started on `stream`.
+
+    max_running: requests of one pass at most. max_pages: pages of one request at most. multiprocessors: of the GPU.
+    use_graphs: whether plain decoding is captured; the results do not depend on it.
+    """
+
+    def __init__(self, model: DistributedTransformer, cache: PagedKVCache, comm: Communicator, memory: Memory,
+                 stream: Any, *, max_running: int, max_pages: int, multiprocessors: int, use_graphs: bool = True):
+        super().__init__(model, cache, comm)
+        self.memory = memory
+        self.stream = stream
+        self.scratch = Scratch(memory)
+        self.dtype = cache.blocks[0].dtype
+        self.shape = AttentionShape.of(layer.self_attn.shards[0] for layer in model.layers)
+        blocks = multiprocessors * blocks_per_multiprocessor(
+            self.shape.head_dim, self.shape.n_heads // self.shape.n_kv_heads, self.dtype)
+        self.workspace = DecodeWorkspace(memory, self.shape, max_running, max_pages, cache.params.page_size, blocks)
+        self.frequencies = RotaryTables(memory)
+        self.scores = DeviceScores(memory, comm)
+        # Tables of such embeddings are made anew for every batch, which a captured graph cannot do.
+        self._cannot_replay = any(rope.length_dependent for rope in self.shape.ropes)
+        self._decode_limits = max_running, max_pages, use_graphs
+        self._graphs: DecodeGraphs | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Everything of one step happens inside: what it computes stays until its end."""
+        with self.stream, self.scratch.use():
+            yield
+
+    def run(self, chunks: Sequence[Chunk], tables: BlockTables, layers: Sequence[int] = ()) -> tuple[list, list]:
+        last = len(self.model.layers)
+        streams = dict.fromkeys(layer for layer in layers if layer != last)
+        tokens: list[int] = []
+        for chunk in chunks:
+            tokens.extend(chunk.request.tokens(chunk.start, chunk.stop))
+        batch = upload_batch(
+            self.memory, self.shape, self.workspace, tokens,
+            np.array([chunk.stop - chunk.start for chunk in chunks]), np.array([chunk.start for chunk in chunks]),
+            tables.lookup_table([chunk.request for chunk in chunks]), self.cache.params.page_size,
+            np.array([chunk.request.max_total for chunk in chunks]),
+        )
+        batch.prepare(self.frequencies, self.dtype)
+        hidden = self.model.hidden_states(batch, [self.cache], streams)
+        if last in layers:
+            streams[last] = self.model.normed(hidden)[0]
+        return hidden, [self.memory.numpy(streams[layer]) for layer in layers]
+
+    def decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: DeviceSampler) -> np.ndarray | None:
+        requests = [chunk.request for chunk in chunks]
+        if self._cannot_replay or any(stop - start != 1 or request.pending != 1 or request.params is None or
+                                      request.scores is not None and not request.generated
+                                      for request, start, stop in chunks) or not sampler.is_plain(requests):
+            return None
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self, sampler, *self._decode_limits)
+        return self._graphs.step(requests, tables)
+
+    def close(self) -> None:
+        """Gives up the captured graphs."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+
+    def logits(self, hidden: list, rows: np.ndarray) -> Any:
+        return self.model.local_logits(hidden, self.scores.uploaded(rows, np.int64))[0]
+
+    def prompt_logprobs(self, hidden: list, rows: np.ndarray, targets: np.ndarray, top: int) -> list[Scored]:
+        block = max(1, MAX_LOGITS // max(1, self.model.vocab_size // self.comm.size))
+        scored: list[Scored] = []
+        for i in range(0, len(rows), block):
+            with self.scratch.frame():
+                logits = self.logits(hidden, rows[i : i + block])
+                scored += self.scores.logprobs(logits, self.vocab_start, targets[i : i + block], top)
+        return scored
