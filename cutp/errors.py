@@ -146,6 +146,12 @@ class LauncherMismatchError(CommError):
     code = "launcher_mismatch"
 
 
+class DeviceMappingError(CommError):
+    """Two ranks have the same GPU, or some ranks have a GPU and others have none."""
+
+    code = "device_mapping"
+
+
 class ClosedError(CutpError):
     """The object was closed."""
 

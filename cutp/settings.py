@@ -16,10 +16,7 @@ def comm_timeout() -> float:
 
 def matmul_allreduce() -> bool:
     """Whether row-parallel products overlap their all-reduces (`CUTP_MATMUL_ALLREDUCE`, 0 or 1, default 0)."""
-    text = os.environ.get("CUTP_MATMUL_ALLREDUCE", "")
-    if text not in ("", "0", "1"):
-        raise ConfigError(f"CUTP_MATMUL_ALLREDUCE={text!r} is neither 0 nor 1")
-    return text == "1"
+    return _flag("CUTP_MATMUL_ALLREDUCE")
 
 
 def moe() -> str:
@@ -34,6 +31,26 @@ def moe() -> str:
 def kernel_cache() -> str | None:
     """The directory where compiled kernels are kept (`CUTP_KERNEL_CACHE`); None, the default, for one in $TMPDIR."""
     return os.environ.get("CUTP_KERNEL_CACHE") or None
+
+
+def load_threads() -> int:
+    """Reads of weights that a rank has in flight (`CUTP_LOAD_THREADS`, default 8)."""
+    text = os.environ.get("CUTP_LOAD_THREADS", "")
+    if text and not (text.isascii() and text.isdigit() and 1 <= int(text) <= 256):
+        raise ConfigError(f"CUTP_LOAD_THREADS={text!r} is not a number of threads from 1 to 256")
+    return int(text or 8)
+
+
+def share_gpu() -> bool:
+    """Whether several ranks may use one GPU (`CUTP_SHARE_GPU`, 0 or 1, default 0)."""
+    return _flag("CUTP_SHARE_GPU")
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise ConfigError(f"{name}={text!r} is neither 0 nor 1")
+    return text == "1"
 
 
 def _positive_float(name: str, default: float) -> float:

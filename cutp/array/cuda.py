@@ -5,6 +5,7 @@ CuPy is imported on first use, never with cutp.
 
 from __future__ import annotations
 
+import ctypes
 import socket
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,15 @@ INSTALL_HINT = 'pip install "cutp[cuda13]" (driver 580 or newer) or "cutp[cuda12
 def is_available() -> bool:
     """Whether this process can use a GPU. Never raises; `unavailable_reason` says why not."""
     return unavailable_reason() is None
+
+
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver at all: asked without CuPy, whose import takes a while."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def unavailable_reason() -> str | None:

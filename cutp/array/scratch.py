@@ -29,11 +29,40 @@ class Memory(Protocol):
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """A C-contiguous array that nobody else has, at a multiple of 256 bytes."""
 
+    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
+        """As `empty`, but all bits are zero once what was started before on the current stream has ended."""
+
     def upload(self, target: Any, host: np.ndarray) -> None:
         """Copies `host`, of the same shape and dtype, to `target`, in the order of the current stream."""
 
     def numpy(self, x: Any) -> np.ndarray:
         """`x` on the host, once all that was started before has ended."""
+
+    def synchronize(self) -> None:
+        """Waits until all that was started on the device has ended."""
+
+    def free_bytes(self) -> tuple[int, int]:
+        """(bytes that are free, bytes in all) of the device."""
+
+    def uploader(self, nbytes: int) -> Uploader:
+        """An uploader for the calling thread, with two buffers of `nbytes`."""
+
+
+class Uploader(Protocol):
+    """Copies many arrays to the device beside whatever else it does, from buffers that the device reads itself.
+
+    For each: fill a `buffer`, `send` from it. Uploads are not in the order of any stream: what is sent has arrived once
+    `close` returns.
+    """
+
+    def buffer(self) -> np.ndarray:
+        """The buffer to fill next, uint8, once what was sent from it has arrived; the same one until `send`."""
+
+    def send(self, target: Any, host: np.ndarray) -> None:
+        """Starts the copy of `host`, which lies in the buffer, to the C-contiguous `target` of its size."""
+
+    def close(self) -> None:
+        """Waits for all copies and gives up the buffers."""
 
 
 def on_device(x: Any) -> bool:

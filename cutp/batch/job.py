@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 EXIT_WITH_ERRORS = 6
 # Seconds between meetings at first, so that little is lost when the first guess of the work is wrong; and later.
 _FIRST_MEETING, _MEETING = 0.1, 2.0
-# Records a replica has beside those that run, so that it need not wait for the next meeting.
-_BACKLOG = 32
+# Records a replica has beside those that run, at least and at most, so that it need not wait for the next meeting.
+_LEAST_BACKLOG, _MOST_BACKLOG = 32, 1024
 _SYNC_SECONDS = 10.0
 
 
@@ -103,7 +103,7 @@ class _Loop:
         self._worker = ReplicaWorker(llm, ResultWriter(options.model, facts.created, token_text), results, errors)
         self._window = Window(job.read_records(self._bad_line)) if job is not None else None
         self._max_running = EngineOptions().max_running
-        self._target = self._max_running + _BACKLOG
+        self._target = self._max_running + _LEAST_BACKLOG
         self._between, self._finished = _FIRST_MEETING, 0
         self._counts = JobCounts(facts.done, facts.settled, facts.pending)
         self._rates, self._job_rates, self._job_tokens = Rates(), Rates(), (0, 0)
@@ -116,7 +116,6 @@ class _Loop:
             if reason is not None:
                 break
             until = time.monotonic() + self._between
-            self._between = min(2 * self._between, _MEETING)
             while self._llm.has_unfinished and not self._due(until):
                 self._worker.step()
             self._now_and_then()
@@ -145,11 +144,21 @@ class _Loop:
             return stops[0]
         if self._options.stop_on_error and failed:
             return "error"
-        # What runs, and twice what is finished between two meetings; more would only be missing elsewhere at the end.
-        backlog = max(_BACKLOG, 2 * max(state["finished"] for state in firsts))
-        self._target = max(state["slots"] for state in firsts) + backlog
+        self._plan(max(state["slots"] for state in firsts), max(state["finished"] for state in firsts))
         self._take(shares(available, outstanding, self._target))
         return None
+
+    def _plan(self, slots: int, finished: int) -> None:
+        """How many records a replica is to have until the next meeting, and when that is.
+
+        It has what runs (`slots`) and twice what one has finished since the last meeting: more would only be missing
+        elsewhere at the end. Where that is too much to hold, meetings come more often.
+        """
+        rate = finished / self._between
+        self._between = min(2 * self._between, _MEETING)
+        if 2 * rate * self._between > _MOST_BACKLOG:
+            self._between = max(_FIRST_MEETING, _MOST_BACKLOG / (2 * rate))
+        self._target = slots + min(max(_LEAST_BACKLOG, round(2 * rate * self._between)), _MOST_BACKLOG)
 
     def _state(self) -> dict[str, Any]:
         """What this rank tells the others."""

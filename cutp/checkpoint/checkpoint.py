@@ -62,10 +62,10 @@ class Checkpoint:
 
     def read(
         self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None,
-        item: int | None = None,
+        item: int | None = None, *, rows: tuple[int, int] | None = None, buffer: np.ndarray | None = None,
     ) -> np.ndarray:
         """One tensor or one `item` of it, or only the `ranges` along `axis`; see `SafetensorsFile.read`."""
-        return self._file_with(name).read(name, axis, ranges, item)
+        return self._file_with(name).read(name, axis, ranges, item, rows=rows, buffer=buffer)
 
     @property
     def bytes_read(self) -> int:

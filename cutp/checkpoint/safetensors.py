@@ -67,27 +67,31 @@ class SafetensorsFile:
 
     def read(
         self, name: str, axis: int | None = None, ranges: Sequence[tuple[int, int]] | None = None,
-        item: int | None = None,
+        item: int | None = None, *, rows: tuple[int, int] | None = None, buffer: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The tensor `name` as a new, writable, C-ordered array of its stored dtype.
+        """The tensor `name` as a writable, C-ordered array of its stored dtype.
 
-        With `item`, only that item along axis 0, and the rest of the arguments are about it.
+        With `item`, only that item along axis 0, and the rest of the arguments are about it. With `rows`, only those
+        along axis 0, as if there were no others. The result lies at the beginning of `buffer`, a uint8 array, if one is
+        given and it is large enough; otherwise it is new.
 
         With `axis` (negative counts from the end) and `ranges`, only the half-open index ranges (start, stop) along
         that axis, concatenated in the order given. Along axis 0 exactly the bytes of the result are read; along other
         axes short runs are picked out of larger blocks, with at most `CHUNK_BYTES` of scratch memory.
-        Raises MissingTensorError, CheckpointError (item, axis or range out of bounds) or TruncatedFileError.
+        Raises MissingTensorError, CheckpointError (item, rows, axis or range out of bounds) or TruncatedFileError.
         """
         info = self.info(name)
-        if item is not None:
-            try:
+        try:
+            if item is not None:
                 info = info.item(item)
-            except IndexError as e:
-                raise CheckpointError(f"{self.path}: {e}") from None
+            if rows is not None:
+                info = info.rows(*rows)
+        except IndexError as e:
+            raise CheckpointError(f"{self.path}: {e}") from None
         if (axis is None) != (ranges is None):
             raise CheckpointError(f"tensor {name!r} of {self.path}: give both axis and ranges, or neither")
         if axis is None:
-            raw = np.empty(info.nbytes, np.uint8)
+            raw = _room(info.nbytes, buffer)
             self._read_into(memoryview(raw), info.offset_in_file)
             return _typed(raw, info.dtype, info.shape)
         axis, picked = _check_ranges(info, axis, ranges, self.path)
@@ -96,7 +100,7 @@ class SafetensorsFile:
         row = info.shape[axis] * unit
         runs = _merge([(a * unit, b * unit) for a, b in picked])
         width = sum(b - a for a, b in runs)
-        raw = np.empty(outer * width, np.uint8)
+        raw = _room(outer * width, buffer)
         if raw.size:
             self._read_runs(raw.reshape(outer, width), info.offset_in_file, row, runs)
         shape = (*info.shape[:axis], sum(b - a for a, b in picked), *info.shape[axis + 1 :])
@@ -191,6 +195,10 @@ def write_safetensors(
         raise CheckpointError(f"{path} cannot be written: {e.strerror or e}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _room(nbytes: int, buffer: np.ndarray | None) -> np.ndarray:
+    return np.empty(nbytes, np.uint8) if buffer is None or buffer.nbytes < nbytes else buffer[:nbytes]
 
 
 def _typed(raw: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -63,6 +63,13 @@ class TensorInfo:
         whole = replace(self, shape=self.shape[1:])
         return replace(whole, offset_in_file=self.offset_in_file + index * whole.nbytes)
 
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """Items `start` to `stop` along axis 0 as a tensor of its own; IndexError when there are none such."""
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"tensor {self.name!r} of shape {self.shape} has no rows {start}:{stop}")
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset_in_file=self.offset_in_file + start * row)
+
 
 def read_header(fd: int, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """(metadata, tensors in the order of their data) of the open file `fd`; `path` is for messages only.

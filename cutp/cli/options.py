@@ -15,15 +15,19 @@ MODEL_HELP = "a model directory, or a repository id in the local Hugging Face ca
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --tp and --max-len."""
+    """--device, --dtype, --tp, --max-len and --kv-memory."""
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                        help="where to compute (default: auto)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default on the CPU: float32)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, on a GPU the 16-bit "
+                       "dtype of the checkpoint or bfloat16)")
     group.add_argument("--tp", type=positive_int, metavar="N",
                        help="tensor-parallel size (default: the number of ranks)")
     group.add_argument("--max-len", type=positive_int, metavar="N",
                        help="longest request in tokens (default: what the model was made for)")
+    group.add_argument("--kv-memory", metavar="SIZE",
+                       help="memory of the key-value cache on each rank, for example 20GB (default: most of what the "
+                       "weights leave free)")
 
 
 def positive_int(text: str) -> int:

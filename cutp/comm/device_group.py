@@ -29,8 +29,6 @@ class DeviceGroup(Sequence[DeviceRef]):
         self.comm = comm
         if not self.devices:
             raise ConfigError("a device group needs at least one device")
-        if any(device.is_gpu() for device in self.devices):
-            raise ConfigError("layers compute on the CPU in this version; a device group takes CPU devices")
         if comm is not None and comm.size != len(self.devices):
             raise ConfigError(f"{len(self.devices)} devices were given for a communicator of {comm.size} ranks")
         self.local_ranks = tuple(range(len(self.devices))) if comm is None else (comm.rank,)

@@ -17,7 +17,7 @@ import numpy as np
 from cutp.checkpoint.chat_template import ChatTemplate
 from cutp.checkpoint.generation_config import GenerationDefaults
 from cutp.checkpoint.tokenizer import Tokenizer
-from cutp.engine.prompts import check_ids, each_params, is_ids, plain_prompts
+from cutp.engine.prompts import check_ids, each_params, is_ids, plain_names, plain_prompts
 from cutp.engine.sampling_params import SamplingParams
 from cutp.engine.windows import rolling_windows
 from cutp.errors import RequestError
@@ -61,35 +61,34 @@ class Intake:
     def scoring(self, value: dict) -> list[dict]:
         """{"items", "names"} -> a list of {"ids", "first", "pair"}: token ids, of which those from `first` on are
         scored."""
-        names = value["names"] or [f"prompt {index}" for index in range(len(value["items"]))]
         prepared = []
-        for item, name in zip(value["items"], names, strict=True):
+        for item, name in zip(value["items"], value["names"], strict=True):
             pair = isinstance(item, dict)
             if pair:
                 ids, first = self._pair(item["context"], item["continuation"], name)
             else:
                 [ids], first = self._tokenize([item], room=0, names=[name]), 1
-            self._check_capacity(len(ids), name)
+            self._check_capacity(min(len(ids), self._max_len), name)
             prepared.append({"ids": ids, "first": first, "pair": pair})
         return prepared
 
     def rolling(self, value: dict) -> list[dict]:
-        """{"texts", "window"} -> a list of {"windows": [{"ids", "first"}], "bytes"}, one a text."""
+        """{"texts", "names", "window"} -> a list of {"windows": [{"ids", "first"}], "bytes"}, one a text."""
         window = self._max_len if value["window"] is None else value["window"]
         if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= self._max_len:
             raise RequestError(f"window must be a number of tokens from 1 to {self._max_len}, not {window!r}")
         self._check_capacity(window, "a window")
         prepared = []
-        for index, text in enumerate(value["texts"]):
-            ids = self._ids(text, f"prompt {index}", special=False)
+        for text, name in zip(value["texts"], value["names"], strict=True):
+            ids = self._ids(text, name, special=False)
             if ids:
-                check_ids(ids, f"prompt {index}", self._vocab_size, 2**31, 0)
+                check_ids(ids, name, self._vocab_size, 2**31, 0)
             windows = [{"ids": piece, "first": first} for piece, first in rolling_windows(ids, self.prefix, window)]
             prepared.append({"windows": windows, "bytes": len(text.encode()) if isinstance(text, str) else None})
         return prepared
 
     def hidden_states(self, value: dict) -> dict:
-        """{"prompts", "layers", "pool", "gather"} -> the same with token ids and layers counted from 0."""
+        """{"prompts", "names", "layers", "pool", "gather"} -> the same with token ids and layers counted from 0."""
         layers = []
         for layer in value["layers"]:
             if isinstance(layer, bool) or not isinstance(layer, int) or \
@@ -103,9 +102,9 @@ class Intake:
             raise RequestError(f"gather must be 'all', 'root' or 'none', not {value['gather']!r}")
         if not layers:
             raise RequestError("layers is empty", hint="layers=[-1] gives the last layer's states")
-        ids = self._tokenize(value["prompts"], room=0)
-        for index, each in enumerate(ids):
-            self._check_capacity(len(each), f"prompt {index}")
+        ids = self._tokenize(value["prompts"], room=0, names=value["names"])
+        for each, name in zip(ids, value["names"], strict=True):
+            self._check_capacity(len(each), name)
         return {**value, "prompts": ids, "layers": layers}
 
     @property
@@ -175,7 +174,8 @@ class Intake:
             ids, first = [self.prefix, *ids], 1
         if first >= len(ids):
             raise RequestError(f"{name}: the continuation adds no token to the context")
-        check_ids(ids, name, self._vocab_size, self._max_len, 0)
+        # The last token is only predicted, never fed.
+        check_ids(ids, name, self._vocab_size, self._max_len + 1, 0)
         return ids, first
 
 
@@ -193,10 +193,8 @@ def read_scoring(items: Any, names: Sequence[str] | None) -> dict:
         items = list(items)
     except TypeError:
         raise RequestError(f"texts are a {type(items).__name__}, not text, token ids or a list of these") from None
-    names = None if names is None else [str(name) for name in names]
-    if names is not None and len(names) != len(items):
-        raise RequestError(f"{len(items)} texts were given {len(names)} names")
-    return {"items": [_plain_item(item, index) for index, item in enumerate(items)], "names": names}
+    return {"items": [_plain_item(item, index) for index, item in enumerate(items)],
+            "names": plain_names(names, len(items))}
 
 
 def _plain_item(item: Any, index: int) -> Any:

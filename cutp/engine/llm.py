@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from cutp.array.device import select_device
 from cutp.array.dtypes import compute_dtype, dtype_name
 from cutp.checkpoint.files import resolve_model
+from cutp.comm.device_mapping import place_rank
 from cutp.comm.launch import as_communicator
 from cutp.engine.calls import CLOSE, Call, Calls
 from cutp.engine.intake import Intake, read_generation, read_scoring
-from cutp.engine.loading import EngineOptions, LoadedModel, load_model, make_core
+from cutp.engine.loading import EngineOptions, LoadedModel, make_core, open_model, plan_memory, read_weights
 from cutp.engine.memory import memory_report
 from cutp.engine.outputs import (
     GenerationOutput,
@@ -26,7 +26,7 @@ from cutp.engine.outputs import (
     ScoreOutput,
     StreamEvent,
 )
-from cutp.engine.prompts import plain_prompts
+from cutp.engine.prompts import plain_names, plain_prompts
 from cutp.engine.replicas import Replicas, check_tensor_parallel, split_replicas
 from cutp.engine.sampling_params import SamplingParams
 from cutp.engine.workload import Workload
@@ -44,10 +44,13 @@ class LLM:
 
     model: a directory in Hugging Face layout, a repository id in the local Hugging Face cache, or None for the
     bundled model. comm: None (the ranks the launcher started), an mpi4py communicator (which is duplicated) or a
-    `cutp.Communicator`. tp: ranks a replica (default: all ranks); it must divide their number. device: "auto", "cpu" or
-    "cuda". dtype: "float32", "bfloat16" or "float16", the dtype results are rounded to; default float32 on the CPU.
+    `cutp.Communicator`. tp: ranks a replica (default: all ranks); it must divide their number. device: "auto" (a GPU
+    where there is one), "cpu", "cuda" (the GPU of this rank's number on its host, see `cutp.comm.device_mapping`) or
+    "cuda:N". dtype: "float32", "bfloat16" or "float16", the dtype results are rounded to; default float32 on the CPU,
+    on a GPU what config.json names if that has 16 bits, else bfloat16.
     max_len: the longest request in tokens; default what the model was made for. progress: called on rank 0 as
-    progress(bytes done, bytes in all) while weights are read. options: see `EngineOptions`.
+    progress(bytes done, bytes in all) while weights are read. options: see `EngineOptions`. load_report: bytes,
+    seconds and gb_per_second of this rank's reading of weights; None if they are random.
 
     Construction and every method that computes are collective: all ranks call them, in the same order. Rank 0's input
     counts, the others pass None or the same; or they call `follow()` once, and then do what rank 0 calls. Results are
@@ -70,11 +73,15 @@ class LLM:
             with self.comm.host.agree("loading the model"):
                 engine_options = EngineOptions.of(options)
                 path = resolve_model(model)
-                place, kind = select_device(device), compute_dtype(dtype or "float32")
+                kind = compute_dtype(dtype) if dtype else None
                 check_tensor_parallel(self.comm.size, tp)
+            placement = place_rank(device, self.comm)
             self._replicas = split_replicas(self.comm, tp)
+            with self.comm.host.agree("opening the model"):
+                loaded = open_model(path, self._replicas, placement.device, kind, max_len, engine_options)
+            plan_memory(loaded, self._replicas, engine_options, placement.sharers)
             with self.comm.host.agree("reading the weights"):
-                loaded = load_model(path, self._replicas, place, kind, max_len, progress if self.is_root else None)
+                read_weights(loaded, self._replicas, progress if self.is_root else None)
             with self.comm.host.agree("taking memory for the cache"):
                 core = make_core(loaded, self._replicas, engine_options)
         except BaseException:
@@ -85,6 +92,7 @@ class LLM:
     def _take(self, loaded: LoadedModel, core) -> None:
         self.path, self.model, self.tokenizer = loaded.path, loaded.model, loaded.tokenizer
         self.max_len, self.dtype = loaded.max_len, loaded.dtype
+        self.load_report = None if loaded.report is None else loaded.report.to_dict()
         self._intake = Intake(loaded.tokenizer, loaded.chat_template, loaded.defaults, loaded.model.vocab_size,
                               loaded.max_len, len(loaded.model.layers), core.check_capacity)
         self._work = Workload(core, self._replicas, loaded.tokenizer, loaded.defaults.eos_token_ids,
@@ -189,32 +197,40 @@ class LLM:
         """
         return self._call("score", lambda: read_scoring(texts, names), texts is not None)
 
-    def perplexity(self, texts: str | Sequence | None = None, *, window: int | None = None) -> list[PerplexityOutput]:
+    def perplexity(self, texts: str | Sequence | None = None, *, window: int | None = None,
+                   names: Sequence[str] | None = None) -> list[PerplexityOutput]:
         """Scores texts of any length in rolling windows of `window` tokens (default max_len): see
         `cutp.engine.windows.rolling_windows`. Text gets no special tokens but the one before its first window.
+        names: what errors call each text.
         """
-        return self._call("perplexity", lambda: {"texts": plain_prompts(texts), "window": _plain(window)},
-                          texts is not None)
+        def read() -> dict:
+            plain = plain_prompts(texts)
+            return {"texts": plain, "window": _plain(window), "names": plain_names(names, len(plain))}
+
+        return self._call("perplexity", read, texts is not None)
 
     def hidden_states(self, prompts: str | Sequence | None = None, *, layers: Sequence[int] = (-1,),
-                      pool: str | None = None, gather: str = "all") -> list[HiddenStatesOutput]:
+                      pool: str | None = None, gather: str = "all",
+                      names: Sequence[str] | None = None) -> list[HiddenStatesOutput]:
         """Hidden states of every prompt, numbered as Hugging Face's `output_hidden_states`.
 
         layers: 0 (embeddings) .. L (after the final norm), or negative from the end. pool: None for all tokens,
         "last", "mean". gather: which ranks get the arrays: "all", "root" (rank 0), "none" (those that computed them).
+        names: what errors call each prompt.
         """
         def read() -> dict:
-            return {"prompts": plain_prompts(prompts), "layers": [_plain(layer) for layer in layers],
-                    "pool": _plain(pool), "gather": _plain(gather)}
+            plain = plain_prompts(prompts)
+            return {"prompts": plain, "layers": [_plain(layer) for layer in layers], "pool": _plain(pool),
+                    "gather": _plain(gather), "names": plain_names(names, len(plain))}
 
         return self._call("hidden_states", read, prompts is not None)
 
     def embed(self, prompts: str | Sequence | None = None, *, layer: int = -1, pool: str = "mean",
-              normalize: bool = True) -> np.ndarray:
+              normalize: bool = True, names: Sequence[str] | None = None) -> np.ndarray:
         """One vector a prompt, float32 [prompts, dim]: the states of `layer`, pooled ("mean" or "last"), by default
         scaled to length 1.
         """
-        outputs = self.hidden_states(prompts, layers=[layer], pool=pool)
+        outputs = self.hidden_states(prompts, layers=[layer], pool=pool, names=names)
         vectors = np.stack([output.array[0] for output in outputs]) if outputs else np.zeros((0, self.model.dim))
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -135,5 +134,5 @@ def _is_integer(value: Any, low: int, high: int) -> bool:
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and low <= value <= high and (isinstance(value, int) or math.isfinite(value))
+    # A NaN is not between any two numbers.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

@@ -30,6 +30,15 @@ def plain_prompts(prompts: Any) -> list[str | list[int]]:
     return [prompt if isinstance(prompt, str) else _ids(prompt, index) for index, prompt in enumerate(prompts)]
 
 
+def plain_names(names: Sequence[str] | None, count: int) -> list[str]:
+    """What errors call each of `count` prompts; RequestError unless there is one name a prompt."""
+    if names is None:
+        return [f"prompt {index}" for index in range(count)]
+    if len(names) != count:
+        raise RequestError(f"{count} prompts were given {len(names)} names")
+    return [str(name) for name in names]
+
+
 def each_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     """One SamplingParams a prompt, checked; RequestError when one is bad or their number does not fit."""
     if params is None or isinstance(params, SamplingParams):

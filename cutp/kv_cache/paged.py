@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cutp.array.scratch import Memory
 from cutp.comm.device_group import DeviceGroup
 from cutp.kv_cache.params import KVCacheParams
 
@@ -22,10 +23,13 @@ class PagedKVCache:
     blocks: list[np.ndarray]
 
     @classmethod
-    def allocate(cls, params: KVCacheParams, num_pages: int, size: int = 1, rank: int = 0) -> PagedKVCache:
-        """A cache of `num_pages` pages for rank `rank` of `size`; the memory is not touched until it is used."""
+    def allocate(cls, params: KVCacheParams, num_pages: int, size: int = 1, rank: int = 0,
+                 memory: Memory | None = None) -> PagedKVCache:
+        """A cache of `num_pages` pages for rank `rank` of `size`, in `memory` or, without one, on the host, where it is
+        not touched until it is used."""
         shape = (num_pages, params.planes, params.local_kv_heads(size, rank), params.page_size, params.head_dim)
-        return cls(params, [np.empty(shape, params.dtype) for _ in range(params.num_layers)])
+        empty = np.empty if memory is None else memory.empty
+        return cls(params, [empty(shape, params.dtype) for _ in range(params.num_layers)])
 
     @property
     def num_pages(self) -> int:

@@ -97,9 +97,8 @@ class PrefixCache:
             self._key_of[page] = key
             self._pool.keep(page)
             return page
-        if known != page:
-            self._pool.share([known])
-            self._pool.release([page])
+        self._pool.share([known])
+        self._pool.release([page])
         return known
 
     def _forget(self, page: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from cutp.checkpoint.checkpoint import Checkpoint
 from cutp.checkpoint.config import ModelConfig
 from cutp.errors import UnsupportedModelError
-from cutp.models.weight_source import check_tensor
+from cutp.models.weight_source import WholeTensor, check_tensor, positions
 from cutp.nn.module import Weight
 
 BLOCK_SIZE = 128  # rows and columns that share a scale
@@ -35,17 +35,15 @@ class BlockScaledTensor:
         check_tensor(checkpoint, self._scales, tuple(-(-n // BLOCK_SIZE) for n in shape))
         return [self.name, self._scales]
 
-    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+    def read(self, checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None,
+             buffer: np.ndarray | None = None) -> np.ndarray:
         """See `WeightSource.read`. All scales are read: there are few."""
-        values = checkpoint.read(self.name, weight.axis, weight.ranges)
+        values = WholeTensor(self.name).read(checkpoint, weight, rows, buffer)
         if self._scales not in checkpoint:
             return values
-        index = [np.arange(length) for length in weight.shape]
-        if weight.ranges is not None:
-            index[weight.axis] = np.concatenate([np.arange(start, stop) for start, stop in weight.ranges])
         scales = checkpoint.read(self._scales).astype(np.float32)
         result = values.astype(np.float32)
-        result *= scales[np.ix_(*(positions // BLOCK_SIZE for positions in index))]
+        result *= scales[np.ix_(*(index // BLOCK_SIZE for index in positions(weight, rows)))]
         return result
 
     @property

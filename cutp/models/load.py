@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
-import numpy as np
-
+from cutp import settings
 from cutp.checkpoint.checkpoint import Checkpoint
 from cutp.errors import CheckpointError
 from cutp.models.registry import ModelFamily
+from cutp.models.weight_reader import LoadReport, Read, fill_weights
 from cutp.models.weight_source import WeightSource, WholeTensor
 from cutp.nn.module import Module
 
@@ -17,20 +18,22 @@ log = logging.getLogger("cutp")
 
 
 def load_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily,
-                 progress: Callable[[int], None] | None = None) -> None:
-    """Reads every weight of `model` from `checkpoint`, only the parts its shards hold.
+                 progress: Callable[[int], None] | None = None) -> LoadReport:
+    """Reads every weight of `model` from `checkpoint` into the storage in use, only the parts its shards hold.
 
-    The checkpoint has passed `check_weights`. progress: called with the bytes of each weight that has been read.
+    The checkpoint has passed `check_weights`. progress: called with the bytes of what has been read, in the dtypes of
+    the weights; they add up to the sum of `Weight.local_bytes`.
     """
+    began, before = time.perf_counter(), checkpoint.bytes_read
     for module in model.modules():
         module.materialize()
-    for name, weight in model.named_weights():
-        if 0 in weight.local_shape:  # another rank has all of it
-            weight.store(np.empty(weight.local_shape, weight.dtype))
-        else:
-            weight.store(_source(family, name).read(checkpoint, weight))
-        if progress is not None:
-            progress(weight.local_bytes)
+    reads = [(weight, _reader(_source(family, name), checkpoint)) for name, weight in model.named_weights()]
+    fill_weights(reads, settings.load_threads(), progress)
+    return LoadReport(checkpoint.bytes_read - before, time.perf_counter() - began)
+
+
+def _reader(source: WeightSource, checkpoint: Checkpoint) -> Read:
+    return lambda weight, rows, buffer: source.read(checkpoint, weight, rows, buffer)
 
 
 def check_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily) -> None:

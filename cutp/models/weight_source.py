@@ -12,6 +12,7 @@ from cutp.checkpoint.checkpoint import Checkpoint
 from cutp.checkpoint.mxfp4 import BLOCK_BYTES, BLOCK_SIZE, dequantize_mxfp4
 from cutp.errors import ShapeMismatchError, UnsupportedModelError
 from cutp.nn.module import Weight
+from cutp.nn.sharding import Ranges
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -25,8 +26,9 @@ class WeightSource(Protocol):
         Raises MissingTensorError, ShapeMismatchError, UnsupportedModelError (a dtype).
         """
 
-    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
-        """The share of `weight`, of its local shape, in any float dtype."""
+    def read(self, checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None,
+             buffer: np.ndarray | None = None) -> np.ndarray:
+        """The share of `weight`, or those rows of it, in any float dtype. It may lie in `buffer`, a uint8 array."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,12 @@ class WholeTensor:
         check_tensor(checkpoint, self.name, shape)
         return [self.name]
 
-    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
-        return checkpoint.read(self.name, weight.axis, weight.ranges)
+    def read(self, checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None,
+             buffer: np.ndarray | None = None) -> np.ndarray:
+        axis, ranges = weight.axis, weight.ranges
+        if rows is not None and axis in (None, 0):
+            axis, ranges, rows = 0, clipped(ranges or [(0, weight.shape[0])], *rows), None
+        return checkpoint.read(self.name, axis, ranges, rows=rows, buffer=buffer)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,9 @@ class StackedExpert:
         self._check_stack(checkpoint, self._scales, scales, ("uint8",))
         return [self._blocks, self._scales]
 
-    def read(self, checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
-        index = [np.arange(length) for length in weight.shape]
-        if weight.ranges is not None:
-            index[weight.axis] = np.concatenate([np.arange(start, stop) for start, stop in weight.ranges])
+    def read(self, checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None,
+             buffer: np.ndarray | None = None) -> np.ndarray:
+        index = positions(weight, rows)
         if self.interleaved:
             half = weight.shape[0] // 2
             index[0] = np.where(index[0] < half, 2 * index[0], 2 * (index[0] - half) + 1)
@@ -86,19 +91,15 @@ class StackedExpert:
 
     def _read_box(self, checkpoint: Checkpoint, shape: tuple[int, ...],
                   bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """The rows and columns within `bounds`, of which one at most is less than all there are."""
-        axis = next((i for i, bound in enumerate(bounds) if bound != (0, shape[i])), 0)
+        """The rows and columns within `bounds`."""
+        axis = 1 if len(shape) == 2 else None
         if not self._is_quantized(checkpoint):
-            stored_axis = len(shape) - 1 - axis
-            return checkpoint.read(self.name, stored_axis, [bounds[axis]], self.expert).T
-        start, stop = bounds[axis]
-        if axis == 1:
-            start, stop = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
-        blocks, scales = (checkpoint.read(name, axis, [(start, stop)], self.expert)
+            return checkpoint.read(self.name, axis, axis and bounds[:1], self.expert, rows=bounds[-1]).T
+        start, stop = bounds[1][0] // BLOCK_SIZE, -(-bounds[1][1] // BLOCK_SIZE)
+        blocks, scales = (checkpoint.read(name, 1, [(start, stop)], self.expert, rows=bounds[0])
                           for name in (self._blocks, self._scales))
-        values = dequantize_mxfp4(blocks, scales)
-        first = start * BLOCK_SIZE if axis == 1 else 0
-        return values[:, bounds[1][0] - first : bounds[1][1] - first]
+        first = start * BLOCK_SIZE
+        return dequantize_mxfp4(blocks, scales)[:, bounds[1][0] - first : bounds[1][1] - first]
 
     def _check_stack(self, checkpoint: Checkpoint, name: str, shape: tuple[int, ...],
                      dtypes: tuple[str, ...] = _FLOATS) -> None:
@@ -116,6 +117,27 @@ class StackedExpert:
     @property
     def _scales(self) -> str:
         return f"{self.name}_scales"
+
+
+def clipped(ranges: Ranges, first: int, last: int) -> Ranges:
+    """The part of `ranges` that is between `first` and `last`, both counted along the ranges themselves."""
+    parts, at = [], 0
+    for start, stop in ranges:
+        low, high = max(first - at, 0), min(last - at, stop - start)
+        if low < high:
+            parts.append((start + low, start + high))
+        at += stop - start
+    return parts
+
+
+def positions(weight: Weight, rows: tuple[int, int] | None) -> list[np.ndarray]:
+    """Where in the whole tensor the elements of the share, or of those rows of it, are: one index array an axis."""
+    index = [np.arange(length) for length in weight.shape]
+    if weight.ranges is not None:
+        index[weight.axis] = np.concatenate([np.arange(start, stop) for start, stop in weight.ranges])
+    if rows is not None:
+        index[0] = index[0][rows[0] : rows[1]]
+    return index
 
 
 def check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = _FLOATS) -> None:

@@ -65,7 +65,7 @@ class AttentionWithRope(ShardableModule):
             self.q_norm, self.k_norm = (
                 norm(head_dim * (heads if qk_norm_over_projection else 1), dtype, qk_norm_eps, qk_norm_offset,
                      qk_norm_multiply_before_cast) for heads in (n_heads, n_kv_heads))
-        self.sinks = Weight((n_heads,), dtype) if has_sinks else None
+        self.sinks = Weight((n_heads,), dtype, device_dtype=np.dtype(np.float32)) if has_sinks else None
 
     def __call__(self, layer_idx: int, x: np.ndarray, cache: PagedKVCache, batch: RaggedBatch) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; writes the new keys and values into layer `layer_idx` of `cache`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.nn.module import Module, ShardableModule, Shards, Weight, sharded
 from cutp.nn.sharding import EvenSegment, OwnerSegment, Segment, ShardingStrategy, qkv_segments
+from cutp.nn.storage import Padding, storage
 from cutp.ops.dispatch import linear
 
 
@@ -20,14 +22,16 @@ class Linear(ShardableModule):
     of the outputs, with their part of the bias. Sharded along axis 1 ("columnwise", "head_aware_columnwise") it is
     a row-parallel layer: each rank takes some of the inputs and computes a partial sum of all outputs, and only
     rank 0 keeps the bias, so that the sum over ranks has it once. clip_weight: the weight is clamped to
-    [-clip_weight, clip_weight] when it is loaded.
+    [-clip_weight, clip_weight] when it is loaded. padding: an axis of the weight that a device may need longer; the
+    outputs then are, or the inputs must be.
     """
 
     def __init__(self, in_dim: int, out_dim: int, dtype: np.dtype, *, has_bias: bool = False,
-                 clip_weight: float | None = None):
+                 clip_weight: float | None = None, padding: Padding | None = None):
         self.in_dim, self.out_dim = in_dim, out_dim
-        self.weight = Weight((out_dim, in_dim), dtype, clip=clip_weight)
-        self.bias = Weight((out_dim,), dtype) if has_bias else None
+        self.weight = Weight((out_dim, in_dim), dtype, clip=clip_weight, padding=padding)
+        of_rows = padding if padding is not None and padding.axis == 0 else None
+        self.bias = Weight((out_dim,), dtype, padding=of_rows) if has_bias else None
 
     def __call__(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """x [T, in] -> [T, out], in the dtype of `x`."""
@@ -58,11 +62,11 @@ class StackedLinear(ShardableModule):
     transparent = True
 
     def __init__(self, in_dim: int, names: Sequence[str], segments: Sequence[Segment], dtype: np.dtype, *,
-                 has_bias: bool = False):
+                 has_bias: bool = False, padding: Padding | None = None):
         self.names = tuple(names)
         self.segments = tuple(segments)
         for name, segment in zip(self.names, self.segments, strict=True):
-            setattr(self, name, Linear(in_dim, segment.length, dtype, has_bias=has_bias))
+            setattr(self, name, Linear(in_dim, segment.length, dtype, has_bias=has_bias, padding=padding))
         self._weight: np.ndarray | None = None
         self._bias: np.ndarray | None = None
 
@@ -106,8 +110,9 @@ class FusedLinear(Linear):
     rows, one a matrix. Accepts the strategies replicate and tensor_parallel.
     """
 
-    def __init__(self, in_dim: int, segments: Sequence[Segment], dtype: np.dtype, *, has_bias: bool = False):
-        super().__init__(in_dim, sum(segment.length for segment in segments), dtype, has_bias=has_bias)
+    def __init__(self, in_dim: int, segments: Sequence[Segment], dtype: np.dtype, *, has_bias: bool = False,
+                 padding: Padding | None = None):
+        super().__init__(in_dim, sum(segment.length for segment in segments), dtype, has_bias=has_bias, padding=padding)
         self.segments = tuple(segments)
 
     @property
@@ -129,9 +134,12 @@ class FusedLinear(Linear):
 
 def stack_weights(weights: Sequence[Weight]) -> np.ndarray:
     """One buffer with the shares of `weights` on top of each other; each weight's data becomes its part of it."""
-    rows = [weight.local_shape[0] for weight in weights]
-    buffer = np.empty((sum(rows), *weights[0].local_shape[1:]), np.float32)
-    for weight, view in zip(weights, np.split(buffer, np.cumsum(rows)[:-1]), strict=True):
+    shapes = [weight.held_shape for weight in weights]
+    rows = [shape[0] for shape in shapes]
+    padded = any(weight.local_shape != shape for weight, shape in zip(weights, shapes, strict=True))
+    buffer = storage().empty((sum(rows), *shapes[0][1:]), weights[0].held_dtype, zeros=padded)
+    for weight, stop in zip(weights, itertools.accumulate(rows), strict=True):
+        view = buffer[stop - weight.held_shape[0] : stop]
         if weight.data is not None:
             view[...] = weight.data
         weight.data = view
@@ -155,8 +163,8 @@ def gate_up_linear(in_dim: int, width: int, dtype: np.dtype, *, has_bias: bool =
     """Gate and up projections as one layer, each divided by itself. fused: the checkpoint has one weight for both."""
     segments = [EvenSegment(width)] * 2
     if fused:
-        return FusedLinear(in_dim, segments, dtype, has_bias=has_bias)
-    return StackedLinear(in_dim, ("gate_proj", "up_proj"), segments, dtype, has_bias=has_bias)
+        return FusedLinear(in_dim, segments, dtype, has_bias=has_bias, padding=Padding(0, 2))
+    return StackedLinear(in_dim, ("gate_proj", "up_proj"), segments, dtype, has_bias=has_bias, padding=Padding(0))
 
 
 class ColumnParallelLinear(Module):

@@ -7,6 +7,7 @@ import numpy as np
 from cutp.nn.linear import Linear, gate_up_linear
 from cutp.nn.module import ShardableModule
 from cutp.nn.sharding import ShardingStrategy
+from cutp.nn.storage import Padding
 from cutp.ops.activation import activation_name
 from cutp.ops.dispatch import gated_activation
 
@@ -24,7 +25,7 @@ class MLP(ShardableModule):
         self.activation = activation_name(activation)
         self.swiglu_limit = swiglu_limit
         self.gate_up_proj = gate_up_linear(hidden_dim, feed_forward_length, dtype, has_bias=has_bias, fused=fused)
-        self.down_proj = Linear(feed_forward_length, hidden_dim, dtype, has_bias=has_bias)
+        self.down_proj = Linear(feed_forward_length, hidden_dim, dtype, has_bias=has_bias, padding=Padding(1))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; a partial sum when this is a tensor-parallel shard."""

@@ -16,25 +16,26 @@ import numpy as np
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError, MissingTensorError, ShapeMismatchError
 from cutp.nn.sharding import Ranges, Shardable, ShardingStrategy
-
-# Where weights live on the CPU: NumPy multiplies float32 matrices 10 to 100 times faster than 16-bit ones.
-CPU_STORAGE = np.dtype(np.float32)
+from cutp.nn.storage import Padding, storage
 
 
 class Weight:
     """One named parameter: `shape` of the whole tensor, `dtype` its values are rounded to, and one rank's share.
 
-    data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`. clip: values are clamped
-    to [-clip, clip] when they are stored.
+    data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`; on a device it is of
+    `device_dtype`, by default `dtype`, and its axes may be longer by the zeros of `padding`. clip: values are clamped to
+    [-clip, clip] when they are stored.
     """
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, *, strategy: ShardingStrategy | None = None,
-                 rank: int = 0, clip: float | None = None):
+                 rank: int = 0, clip: float | None = None, device_dtype: np.dtype | None = None,
+                 padding: Padding | None = None):
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.strategy = strategy
         self.rank = rank
         self.clip = clip
+        self.device_dtype, self.padding = device_dtype, padding
         self.data: np.ndarray | None = None
         self.sharding_strategy: ShardingStrategy | None = None
 
@@ -70,6 +71,27 @@ class Weight:
         """Bytes of this rank's share in the weight's own dtype."""
         return math.prod(self.local_shape) * self.dtype.itemsize
 
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The local shape, with the zeros that the storage in use appends."""
+        shape = list(self.local_shape)
+        if self.padding is not None:
+            axis, parts = self.padding
+            shape[axis] = parts * storage().padded(shape[axis] // parts, self.dtype)
+        return tuple(shape)
+
+    @property
+    def held_dtype(self) -> np.dtype:
+        """The dtype that the storage in use holds the share in."""
+        return storage().held_dtype(self.dtype, self.device_dtype)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes the share takes: where it is, or would take in the storage in use."""
+        if self.data is not None:
+            return self.data.nbytes
+        return math.prod(self.held_shape) * self.held_dtype.itemsize
+
     def shard(self, devices) -> list[Weight]:
         """The shares of `devices` that this process holds, by `sharding_strategy`; see `ShardableModule.shard`."""
         return [self.share(self.sharding_strategy, rank) for rank in local_ranks(self, devices)]
@@ -78,7 +100,8 @@ class Weight:
         """`rank`'s share as a weight of its own; data that is present is cut along. ConfigError if already cut."""
         if self.strategy is not None:
             raise ConfigError("a weight that is already a shard cannot be sharded again")
-        part = Weight(self.shape, self.dtype, strategy=strategy, rank=rank, clip=self.clip)
+        part = Weight(self.shape, self.dtype, strategy=strategy, rank=rank, clip=self.clip,
+                      device_dtype=self.device_dtype, padding=self.padding)
         part.local_shape  # noqa: B018  (raises now, not at load, when the strategy does not fit the shape)
         if self.data is not None:
             part.store(cut(self.data, part.axis, part.ranges))
@@ -89,13 +112,41 @@ class Weight:
         if tuple(array.shape) != self.local_shape:
             raise ShapeMismatchError(f"an array of shape {tuple(array.shape)} was stored in a weight whose share has "
                                      f"shape {self.local_shape}")
+        self.allocate()
+        for start, stop in self.pieces():
+            storage().put(self.rows(start, stop), self.rounded(array[start:stop]))
+
+    def allocate(self) -> None:
+        """Takes memory for the share from the storage in use, if it has none."""
+        if self.data is None:
+            shape = self.held_shape
+            self.data = storage().empty(shape, self.held_dtype, zeros=shape != self.local_shape)
+
+    def pieces(self, rows: int | None = None) -> Iterator[tuple[int, int]]:
+        """The share's rows as (start, stop) pairs, at most `rows` each, none of which has padding inside."""
+        length = self._run[0]
+        step = max(1, length if rows is None else min(rows, length))
+        for first in range(0, self.local_shape[0], max(1, length)):
+            for start in range(first, first + length, step):
+                yield start, min(start + step, first + length)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """The place in `data` of one of `pieces`."""
+        length, held = self._run
+        first = start // length * held + start % length
+        return self.data[first : first + stop - start]
+
+    def rounded(self, array: np.ndarray) -> np.ndarray:
+        """`array` clamped to the clip, and of the weight's dtype."""
         if self.clip is not None:
             array = np.clip(array.astype(np.float32), -self.clip, self.clip)
-        if array.dtype != self.dtype:
-            array = array.astype(self.dtype)
-        if self.data is None:
-            self.data = np.empty(self.local_shape, CPU_STORAGE)
-        self.data[...] = array
+        return array.astype(self.dtype, copy=False)
+
+    @property
+    def _run(self) -> tuple[int, int]:
+        """Rows from one padding to the next, without it and with it."""
+        parts = self.padding.parts if self.padding is not None and self.padding.axis == 0 else 1
+        return self.local_shape[0] // parts, (0 if self.data is None else self.data.shape[0]) // parts
 
 
 def cut(array: np.ndarray, axis: int | None, ranges: Ranges | None) -> np.ndarray:

@@ -14,6 +14,7 @@ from cutp.nn.mlp import MLP
 from cutp.nn.module import Module, ShardableModule
 from cutp.nn.moe_router import Router
 from cutp.nn.sharding import OwnerSegment, ShardingStrategy
+from cutp.nn.storage import Padding, storage
 from cutp.ops.activation import activation, activation_name, clamped_swiglu, gated_activation
 from cutp.ops.moe import combine_experts, expert_rows, grouped_linear
 from cutp.ops.residual import residual_add
@@ -94,12 +95,13 @@ class Experts(ShardableModule):
         self.activation = activation_name(activation)
         self.swiglu_limit, self.swiglu_alpha = swiglu_limit, swiglu_alpha
 
-        def linear(in_dim: int, out_dim: int) -> Linear:
-            return Linear(in_dim, out_dim, dtype, has_bias=has_bias)
+        def linear(in_dim: int, out_dim: int, padding: Padding) -> Linear:
+            return Linear(in_dim, out_dim, dtype, has_bias=has_bias, padding=padding)
 
         gates = {"gate_up_proj": 2 * width} if fused else {"gate_proj": width, "up_proj": width}
-        self.experts = [Expert({name: linear(hidden_dim, rows) for name, rows in gates.items()},
-                               linear(width, hidden_dim)) for _ in range(num_experts)]
+        of_gates = Padding(0, 2 if fused else 1)
+        self.experts = [Expert({name: linear(hidden_dim, rows, of_gates) for name, rows in gates.items()},
+                               linear(width, hidden_dim, Padding(1))) for _ in range(num_experts)]
         self._first, self._count, self._width = 0, num_experts, width  # what this shard has
         self._stacked: tuple | None = None
 
@@ -120,7 +122,8 @@ class Experts(ShardableModule):
         """Makes the buffers; weights that already have data move into them."""
         gates = [layer for expert in self.experts for layer in expert.gate_layers]
         down = [expert.down_proj for expert in self.experts]
-        self._stacked = (*self._stack(gates, 2 * self._width), *self._stack(down, down[0].weight.shape[0]))
+        width = storage().padded(self._width, down[0].weight.dtype)
+        self._stacked = (*self._stack(gates, 2 * width), *self._stack(down, down[0].weight.shape[0]))
 
     def _stack(self, layers: Sequence[Linear], rows: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Weights [experts of this rank, rows, in] and biases [experts of this rank, rows] of `layers`.

@@ -14,7 +14,7 @@ from cutp.batch.stop import StopFlag
 from cutp.engine.outputs import GenerationOutput, StreamEvent
 from cutp.engine.replicas import split_replicas
 from cutp.engine.sampling_params import SamplingParams
-from cutp.errors import CapacityError, RequestError
+from cutp.errors import CapacityError, CommError, CutpError, RequestError
 
 
 class FakeLLM:
@@ -119,6 +119,10 @@ def run(options: JobOptions, ranks: int = 1, tp: int = 1, *, on_step=lambda rank
 
         try:
             return run_job(options, replicas, stop, Progress(comm.rank == 0, said), make)
+        except CutpError as error:
+            # All ranks know of it, so that none has to be told when this one leaves.
+            assert error is comm.host.agreed_error or isinstance(error, CommError)
+            raise
         finally:
             replicas.close()
 

@@ -6,13 +6,15 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cutp.batch import hand_out, journal
 from cutp.batch import job as job_module
-from cutp.batch import journal
 from cutp.batch.attempts import OwnAttempt
 from cutp.batch.journal import Journal
+from cutp.batch.manifest import Manifest
 from cutp.batch.prepare import JobOptions
 from cutp.batch.records import record_seed
 from cutp.errors import CapacityError, CheckpointError, CommError, ConfigError, CutpError, OutputError, RequestError
@@ -65,6 +67,23 @@ def test_longest_first(options):
     run(options, llms=llms)
     order = [int(prompt[1:]) for prompt in llms[0].added]
     assert order == sorted(range(RECORDS), key=lambda i: (-(i % 7), i))
+
+
+def test_records_are_read_as_they_are_needed(options, tmp_path, monkeypatch):
+    """However fast an engine is, only so many records lie about; and all of them are run."""
+    monkeypatch.setattr(hand_out, "WINDOW_RECORDS", 8)
+    monkeypatch.setattr(job_module, "_MOST_BACKLOG", 16)
+    monkeypatch.setattr(job_module, "EngineOptions", lambda: SimpleNamespace(max_running=8))
+    write_lines(tmp_path / "in.jsonl", [{"id": f"r{i}", "prompt": f"p{i}", "max_tokens": 1} for i in range(500)])
+    most = []
+    llms = {}
+
+    def on_step(rank, number):
+        most.append(len(llms[rank]._open))
+
+    assert run(options, 2, on_step=on_step, llms=llms)[0] == 0
+    check_complete(options, 500)
+    assert max(most) <= 8 + 16 and len(most) > 500 / 24
 
 
 def test_metrics(options):
@@ -207,6 +226,13 @@ def test_a_changed_job_is_refused(options, tmp_path):
     manifest = json.loads(Path(options.directory, "manifest.json").read_text())
     assert manifest["changes"] == [{"attempt": 2, "what": ["the input has changed", "the model is another one"]}]
     assert run(options, open_llm=None)[0] == 0
+
+
+def test_what_a_changed_job_keeps():
+    job = Manifest([], "m", "t", {"n": 1}, 5, 1000)
+    changed = job.changed_to(Manifest([], "m", "t", {"n": 2}, 5, 2000), 3).changed_to(job, 7)
+    assert (changed.created, changed.last_change, changed.parameters) == (1000, 7, {"n": 1})
+    assert [change["what"] for change in changed.changes] == [["n was 1 and is 2"], ["n was 2 and is 1"]]
 
 
 def test_a_record_that_was_put_right_runs(options):
