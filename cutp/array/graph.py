@@ -120,9 +120,14 @@ def keep_for_capture(objects: Iterable[Any]) -> None:
         graph.keep(*objects)
 
 
+def captured_graph() -> Graph | None:
+    """The graph that this thread is capturing, if any."""
+    return getattr(_this_thread, "graph", None)
+
+
 def is_capturing() -> bool:
     """Whether this thread is inside `capture`."""
-    return getattr(_this_thread, "graph", None) is not None
+    return captured_graph() is not None
 
 
 def _end(stream: Stream) -> Any:

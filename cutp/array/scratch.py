@@ -123,9 +123,14 @@ class Scratch:
         return sum(block.nbytes for block in self._blocks)
 
 
+def scratch_in_use() -> Scratch | None:
+    """The scratch that this thread uses, if any."""
+    return getattr(_this_thread, "scratch", None)
+
+
 def scratch() -> Scratch:
     """The scratch in use; ConfigError where there is none."""
-    found = getattr(_this_thread, "scratch", None)
+    found = scratch_in_use()
     if found is None:
         raise ConfigError("layers on a GPU need memory for their results", hint="compute inside `with scratch.use():`")
     return found
@@ -134,7 +139,7 @@ def scratch() -> Scratch:
 @contextmanager
 def frame() -> Iterator[None]:
     """A frame of the scratch in use; nothing where there is none, as with NumPy arrays."""
-    found = getattr(_this_thread, "scratch", None)
+    found = scratch_in_use()
     if found is None:
         yield
     else:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cutp.errors import ConfigError
@@ -50,3 +55,16 @@ def shape_config(name: str, layers: int | None = None) -> dict[str, Any]:
             raise ConfigError(f"{name} has {config['num_hidden_layers']} layers; {layers} cannot be taken")
         config["num_hidden_layers"] = layers
     return config
+
+
+@contextmanager
+def shape_directory(name: str | None, layers: int | None) -> Iterator[str | None]:
+    """A model directory that holds nothing but the shape's config.json, for the time of a `with` block; None for no
+    shape."""
+    if name is None:
+        yield None
+        return
+    config = shape_config(name, layers)
+    with tempfile.TemporaryDirectory(prefix="cutp-shape-") as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        yield directory

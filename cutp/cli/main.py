@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cutp import __version__
-from cutp.cli import batch, batch_merge, batch_status, generate, info, score
+from cutp.cli import batch, batch_merge, batch_status, bench, embed, generate, info, perplexity, score
+from cutp.cli import eval as evaluate
 from cutp.cli.failure import exit_code_of
 
-COMMANDS = (generate, batch, batch_status, batch_merge, score, info)
+COMMANDS = (generate, batch, batch_status, batch_merge, score, perplexity, embed, evaluate, info, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cutp.comm import Communicator
@@ -15,7 +15,7 @@ MODEL_HELP = "a model directory, or a repository id in the local Hugging Face ca
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --tp, --max-len and --kv-memory."""
+    """--device, --dtype, --tp, --max-len, --kv-memory and --no-graphs."""
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                        help="where to compute (default: auto)")
@@ -28,6 +28,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-memory", metavar="SIZE",
                        help="memory of the key-value cache on each rank, for example 20GB (default: most of what the "
                        "weights leave free)")
+    group.add_argument("--no-graphs", action="store_true",
+                       help="on a GPU, launch kernels one by one instead of by captured graphs; same results, slower")
 
 
 def positive_int(text: str) -> int:
@@ -40,17 +42,18 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = False) -> LLM:
+def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = False, **options: Any) -> LLM:
     """The LLM that `args` describe, over `comm`; on rank 0 a long load shows its progress on a terminal.
 
-    quiet: neither warnings nor progress, for the second and later of several equal models.
+    options: of `LLM`, beside those of the command line. quiet: neither warnings nor progress, for the second and later of several equal models.
     """
     from cutp.engine.llm import LLM
 
     level = logging.WARNING if comm.rank == 0 and not quiet else logging.ERROR
     logging.basicConfig(level=level, format="cutp: %(levelname)s: %(message)s")
     with _LoadProgress() as progress:
-        return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len,
+        return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len, kv_memory=args.kv_memory,
+                   use_graphs=not args.no_graphs, **options,
                    progress=progress.show if sys.stderr.isatty() and not quiet else None)
 
 

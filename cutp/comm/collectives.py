@@ -70,7 +70,7 @@ class ArrayCollectives:
     def all_reduce_async(self, x: np.ndarray, out: np.ndarray | None = None) -> Pending:
         x = _summable(x, "all_reduce")
         if out is not None and (not isinstance(out, np.ndarray) or out.shape != x.shape or out.dtype != x.dtype):
-            raise ConfigError(f"all_reduce: out must be an array like x, {_describe(x.dtype, x.shape)}")
+            raise ConfigError(f"all_reduce: out must be an array like x, {describe_array(x.dtype, x.shape)}")
         if x.nbytes <= WHOLE_ARRAY_BYTES:
             return _WholeArrayReduce(self._transport, x, out)
         return _SlicedReduce(self._transport, x, out)
@@ -81,7 +81,7 @@ class ArrayCollectives:
     def all_gather(self, x: np.ndarray, axis: int = 0) -> np.ndarray:
         x, axis = _array_with_axis(x, axis, "all_gather")
         t = self._transport
-        call = f"all_gather({_describe(x.dtype, x.shape, ragged=axis)})"
+        call = f"all_gather({describe_array(x.dtype, x.shape, ragged=axis)})"
         got = t.exchange(call, t.next_tag(), dict.fromkeys(t.peers, x), t.peers)
         return np.concatenate([x if r == t.rank else got[r] for r in range(t.size)], axis=axis)
 
@@ -91,7 +91,7 @@ class ArrayCollectives:
         before = (slice(None),) * axis
         cuts = [slice(*split_range(x.shape[axis], t.size, r)) for r in range(t.size)]
         slices = [np.asarray(x[(*before, cut)], order="C") for cut in cuts]
-        call = f"reduce_scatter({_describe(x.dtype, x.shape)}, axis={axis})"
+        call = f"reduce_scatter({describe_array(x.dtype, x.shape)}, axis={axis})"
         got = t.exchange(call, t.next_tag(), {r: slices[r] for r in t.peers}, t.peers)
         return sum_in_rank_order([slices[r] if r == t.rank else got[r] for r in range(t.size)])
 
@@ -173,10 +173,10 @@ class _SlicedReduce:
 
 @lru_cache(maxsize=4096)
 def _all_reduce_call(dtype: np.dtype, shape: tuple[int, ...]) -> str:
-    return f"all_reduce({_describe(dtype, shape)})"
+    return f"all_reduce({describe_array(dtype, shape)})"
 
 
-def _describe(dtype: np.dtype, shape: Sequence[int], ragged: int | None = None) -> str:
+def describe_array(dtype: np.dtype, shape: Sequence[int], ragged: int | None = None) -> str:
     """"float32[2, 8]"; with ragged=0, "float32[*, 8]": a size that may differ between ranks."""
     return f"{dtype.name}[{', '.join('*' if i == ragged else str(n) for i, n in enumerate(shape))}]"
 

@@ -6,15 +6,16 @@ errors, seeds). The collectives move arrays, and are the part that a GPU backend
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
 from cutp import settings
-from cutp.comm.collectives import ArrayCollectives, Pending
+from cutp.comm.collectives import Pending
 from cutp.comm.host_messages import HostMessages
+from cutp.comm.nccl import NcclCollectives
 from cutp.comm.single import SingleTransport
 from cutp.comm.transport import Transport
 from cutp.errors import ConfigError, PeerFailedError
@@ -28,22 +29,30 @@ class Collectives(Protocol):
 
     def all_reduce(self, x: Any, out: Any = None) -> Any: ...
     def all_reduce_async(self, x: Any, out: Any = None) -> Pending: ...
-    def all_gather(self, x: Any, axis: int = 0) -> Any: ...
-    def reduce_scatter(self, x: Any, axis: int = 0) -> Any: ...
-    def broadcast(self, x: Any, root: int = 0) -> Any: ...
+    def all_gather(self, x: Any, axis: int = 0, sizes: Sequence[int] | None = None, out: Any = None) -> Any: ...
+    def reduce_scatter(self, x: Any, axis: int = 0, out: Any = None) -> Any: ...
+    def broadcast(self, x: Any, root: int = 0, out: Any = None) -> Any: ...
     def send(self, x: Any, dest: int) -> None: ...
-    def recv(self, source: int) -> Any: ...
+    def recv(self, source: int, out: Any = None) -> Any: ...
+    def connect(self) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def close(self) -> None: ...
 
 
 class Communicator:
-    """A group of ranks. All methods but `send`, `recv`, `fail`, `close` and `abort` are collective.
+    """A group of ranks. All methods but `send`, `recv`, `wait`, `fail`, `close` and `abort` are collective.
 
     `local_rank` and `local_size` count the ranks of this communicator that run on this rank's node.
 
     Collective calls must be made by all ranks in the same order. Results are new arrays, with the same bits on
     all ranks: sums are formed in the order rank 0, 1, 2, ... whatever the timing, the size or the backend.
     float16 and bfloat16 are summed in float32 and rounded once; integers wrap around. Arguments may be
-    non-contiguous or empty, and are never modified.
+    non-contiguous or empty, and are never modified. All this holds for NumPy arrays.
+
+    On device arrays (CuPy's) the same methods go through NCCL; one communicator takes both. They start their work on the
+    current CuPy stream and return at once, and may be captured in a graph after a first call that was not. `out` must be
+    C-contiguous; without it results lie in the scratch in use, else in new memory. How NCCL adds is said in
+    `cutp.comm.nccl`. A failure on the GPU side is found by `wait`.
 
     Errors, of every operation: CommTimeoutError if a rank does not arrive within `CUTP_COMM_TIMEOUT` seconds,
     PeerFailedError if a rank called `fail`, CommError if the ranks' calls do not match; after these the
@@ -52,7 +61,7 @@ class Communicator:
     A communicator is used by one thread at a time.
     """
 
-    def __init__(self, transport: Transport, make_collectives: Callable[[Transport], Collectives] = ArrayCollectives):
+    def __init__(self, transport: Transport, make_collectives: Callable[[Transport], Collectives] = NcclCollectives):
         self._transport = transport
         self._make_collectives = make_collectives
         self._collectives = make_collectives(transport)
@@ -102,42 +111,64 @@ class Communicator:
         kind = type(self._transport).__name__.removesuffix("Transport").lower()
         return f"<Communicator {kind} rank {self.rank} of {self.size}{', closed' if self.closed else ''}>"
 
-    def all_reduce(self, x: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+    def all_reduce(self, x: Any, *, out: Any = None) -> Any:
         """The sum of all ranks' x: same shape and dtype on every rank, any real number type.
 
         `out`, with the shape and dtype of x, receives the sum and is returned; it may be x.
         """
         return self._collectives.all_reduce(x, out)
 
-    def all_reduce_async(self, x: np.ndarray, *, out: np.ndarray | None = None) -> Pending:
+    def all_reduce_async(self, x: Any, *, out: Any = None) -> Pending:
         """Start an all_reduce and return at once; `.wait()` on what is returned gives the sum.
 
         x must not change before that. Several may be under way; they are waited for in the order of starting.
+        On device arrays the sum runs on a second stream, and `.wait()` holds up the current stream, not the host.
         """
         return self._collectives.all_reduce_async(x, out)
 
-    def all_gather(self, x: np.ndarray, axis: int = 0) -> np.ndarray:
-        """All ranks' x, concatenated along `axis` in rank order. Only the sizes along `axis` may differ."""
-        return self._collectives.all_gather(x, axis)
+    def all_gather(self, x: Any, axis: int = 0, *, sizes: Sequence[int] | None = None, out: Any = None) -> Any:
+        """All ranks' x, concatenated along `axis` in rank order. Only the sizes along `axis` may differ.
 
-    def reduce_scatter(self, x: np.ndarray, axis: int = 0) -> np.ndarray:
+        sizes: x.shape[axis] of every rank, if known: for device arrays it saves a host message.
+        """
+        return self._collectives.all_gather(x, axis, sizes, out)
+
+    def reduce_scatter(self, x: Any, axis: int = 0, *, out: Any = None) -> Any:
         """This rank's slice along `axis` of the sum of all ranks' x.
 
         With n = x.shape[axis], the first n % size ranks get n // size + 1 and the others n // size.
         """
-        return self._collectives.reduce_scatter(x, axis)
+        return self._collectives.reduce_scatter(x, axis, out)
 
-    def broadcast(self, x: np.ndarray | None, root: int = 0) -> np.ndarray:
-        """A copy of root's x on every rank; the others' argument is not looked at. Any fixed-size dtype."""
-        return self._collectives.broadcast(x, root)
+    def broadcast(self, x: Any, root: int = 0, *, out: Any = None) -> Any:
+        """A copy of root's x on every rank. Any fixed-size dtype.
 
-    def send(self, x: np.ndarray, dest: int) -> None:
+        The others' argument is not looked at; if root's is a device array, theirs must be one of its shape and dtype.
+        """
+        return self._collectives.broadcast(x, root, out)
+
+    def send(self, x: Any, dest: int) -> None:
         """Send x to rank `dest`, which calls `recv`. A large array may have to wait for the receiver."""
         self._collectives.send(x, dest)
 
-    def recv(self, source: int) -> np.ndarray:
-        """The next array that rank `source` sent to this rank."""
-        return self._collectives.recv(source)
+    def recv(self, source: int, *, out: Any = None) -> Any:
+        """The next array that rank `source` sent to this rank. A device array needs `out`, of its shape and dtype."""
+        return self._collectives.recv(source, out)
+
+    def connect_gpus(self) -> None:
+        """Connect the current GPUs of all ranks through NCCL; otherwise the first call on a device array does.
+
+        DeviceError where a GPU or NCCL is missing, ConfigError for two ranks on one GPU.
+        """
+        self._collectives.connect()
+
+    def wait(self, stream: Any = None) -> None:
+        """Return once all that was started on `stream` (a cutp or CuPy stream; by default the current one) has ended.
+
+        Not collective. Unlike the stream's own synchronize it looks for failures of NCCL and of peers, and has a
+        deadline; after one of these, work that hangs on the GPU is aborted. DeviceError if a kernel failed.
+        """
+        self._collectives.wait(stream)
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
@@ -173,7 +204,11 @@ class Communicator:
         self._transport.abort(code)
 
     def close(self) -> None:
-        """Free what this object allocated, never what it was given. May be called again."""
+        """Free what this object allocated, never what it was given. May be called again.
+
+        Captured graphs that hold collectives are closed, then NCCL is left, once what was started has ended.
+        """
+        self._collectives.close()
         self._transport.close()
 
     def __enter__(self) -> Communicator:

@@ -54,6 +54,10 @@ class EngineCore:
         self.stats.requests_cancelled += 1
         return text
 
+    def close(self) -> None:
+        """Gives up what the runner holds beside the model."""
+        self.runner.close()
+
     def step(self) -> list[Event]:
         """One forward pass; (request, text that is new) for every token that was generated, in the order of arrival
         of the requests, and (request, "") for one that generates nothing and is done.

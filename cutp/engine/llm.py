@@ -76,6 +76,7 @@ class LLM:
                 kind = compute_dtype(dtype) if dtype else None
                 check_tensor_parallel(self.comm.size, tp)
             placement = place_rank(device, self.comm)
+            engine_options = engine_options.completed(placement.device)
             self._replicas = split_replicas(self.comm, tp)
             with self.comm.host.agree("opening the model"):
                 loaded = open_model(path, self._replicas, placement.device, kind, max_len, engine_options)
@@ -92,6 +93,7 @@ class LLM:
     def _take(self, loaded: LoadedModel, core) -> None:
         self.path, self.model, self.tokenizer = loaded.path, loaded.model, loaded.tokenizer
         self.max_len, self.dtype = loaded.max_len, loaded.dtype
+        self.on_gpu = loaded.memory is not None
         self.load_report = None if loaded.report is None else loaded.report.to_dict()
         self._intake = Intake(loaded.tokenizer, loaded.chat_template, loaded.defaults, loaded.model.vocab_size,
                               loaded.max_len, len(loaded.model.layers), core.check_capacity)
@@ -280,6 +282,8 @@ class LLM:
         self._free()
 
     def _free(self) -> None:
+        if self._work is not None:
+            self._work.core.close()
         self._work = self.model = self._intake = None
         if self._replicas is not None:
             self._replicas.close()

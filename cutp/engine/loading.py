@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.cuda_memory import CudaMemory
+from cutp.array.cuda import device_info
 from cutp.array.device import DeviceRef
+from cutp.array.graph import Stream
 from cutp.array.dtypes import compute_dtype
 from cutp.array.scratch import Memory
 from cutp.checkpoint.chat_template import ChatTemplate
@@ -23,6 +25,8 @@ from cutp.checkpoint.generation_config import GenerationDefaults, load_generatio
 from cutp.checkpoint.tokenizer import Tokenizer
 from cutp.comm.device_group import DeviceGroup
 from cutp.engine.core import EngineCore
+from cutp.engine.device_runner import DeviceRunner
+from cutp.engine.device_sampler import DeviceSampler
 from cutp.engine.memory import DevicePlan, check_weights_fit, parse_bytes, plan_cache_pages, plan_device_memory
 from cutp.engine.replicas import Replicas
 from cutp.engine.runner import ModelRunner
@@ -40,6 +44,8 @@ from cutp.models.weight_reader import LoadReport
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.storage import DeviceStorage
 
+_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 8192
+
 log = logging.getLogger("cutp")
 
 
@@ -47,18 +53,20 @@ log = logging.getLogger("cutp")
 class EngineOptions:
     """Limits of an engine.
 
-    max_batch_tokens: tokens of one forward pass. max_running: requests that run at once. kv_tokens: tokens the cache
+    max_batch_tokens: tokens of one forward pass (default 512 on the CPU, where more gains nothing, 8192 on a GPU).
+    use_graphs: whether a GPU decodes by captured graphs; the results do not depend on it. max_running: requests that run at once. kv_tokens: tokens the cache
     holds, or kv_memory: bytes it takes on each rank, as a number or a text like "20GB"; without either it takes what is
     useful and free. prefix_cache: whether requests with equal beginnings share their pages. random_weights: made up
     instead of read, to measure with; the directory needs nothing but config.json.
     """
 
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | None = None
     max_running: int = 256
     kv_tokens: int | None = None
     kv_memory: int | str | None = None
     prefix_cache: bool = True
     random_weights: bool = False
+    use_graphs: bool = True
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> EngineOptions:
@@ -73,17 +81,23 @@ class EngineOptions:
             return options
         return replace(options, kv_memory=parse_bytes(options.kv_memory, "kv_memory"))
 
+    def completed(self, device: DeviceRef) -> EngineOptions:
+        """The options with what is left open filled in for `device`."""
+        if self.max_batch_tokens is not None:
+            return self
+        return replace(self, max_batch_tokens=_CPU_BATCH_TOKENS if device.is_cpu() else _GPU_BATCH_TOKENS)
+
     def check(self) -> None:
         """ConfigError naming the first option that cannot be."""
         for name in ("max_batch_tokens", "max_running", "kv_tokens"):
             value = getattr(self, name)
-            if value is None and name == "kv_tokens":
+            if value is None and name != "max_running":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
         if self.kv_tokens is not None and self.kv_memory is not None:
             raise ConfigError("kv_tokens and kv_memory both say how large the cache is; give one of them")
-        for name in ("prefix_cache", "random_weights"):
+        for name in ("prefix_cache", "random_weights", "use_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
@@ -199,8 +213,14 @@ def make_core(loaded: LoadedModel, replicas: Replicas, options: EngineOptions) -
     prefix_cache = PrefixCache(pool, salt) if options.prefix_cache and loaded.share_prefix else None
     scheduler = Scheduler(pool, max_batch_tokens=options.max_batch_tokens, max_running=options.max_running,
                           max_len=loaded.max_len, prefix_cache=prefix_cache)
-    runner = ModelRunner(model, cache, group)
-    sampler = Sampler(runner.vocab_start, runner.vocab_stop, options.max_running, group)
+    if loaded.memory is None:
+        runner = ModelRunner(model, cache, group)
+        sampler = Sampler(runner.vocab_start, runner.vocab_stop, options.max_running, group)
+    else:
+        runner = DeviceRunner(model, cache, group, loaded.memory, Stream(), max_running=options.max_running,
+                              max_pages=pool.pages_for(loaded.max_len),
+                              multiprocessors=device_info().multiprocessors, use_graphs=options.use_graphs)
+        sampler = DeviceSampler(runner.vocab_start, runner.vocab_stop, options.max_running, group, loaded.memory)
     return EngineCore(runner, scheduler, sampler, replicas.comm)
 
 

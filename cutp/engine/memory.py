@@ -91,9 +91,9 @@ def plan_cache_pages(params: KVCacheParams, max_len: int, kv_tokens: int | None,
         raise CapacityError(f"a cache page takes {_gb(page_bytes)}, and no rank-wide room is left for one "
                             f"({_gb(available or 0)} free on this host)")
     if (kv_tokens is not None or kv_memory is not None) and fitting < pages:
-        raise CapacityError(f"a cache of {pages * params.page_size} tokens takes {_gb(pages * page_bytes)} a rank, times "
-                            f"{comm.local_size} ranks on this host, and {_gb(available or 0)} are free, of which the "
-                            f"cache may take {_CACHE_SHARE:.0%}", hint="set a smaller kv_tokens or kv_memory")
+        raise CapacityError(f"a cache of {pages * params.page_size} tokens takes {_gb(pages * page_bytes)} a rank, "
+                            f"times {comm.local_size} ranks on this host, and {_gb(available or 0)} are free, of which "
+                            f"the cache may take {_CACHE_SHARE:.0%}", hint="set a smaller kv_tokens or kv_memory")
     return min(pages, fitting)
 
 
@@ -167,8 +167,9 @@ def _pass_bytes(model: DistributedTransformer, size: int, max_batch_tokens: int,
     for _, weight in model.named_weights():
         if len(weight.shape) == 2 and weight.shape[0] != model.vocab_size:
             widest = max(widest, *weight.held_shape)
+    copies = max((getattr(module, "top_k", 1) for module in model.modules()), default=1)  # experts of a token
     logits = min(max_running, max_batch_tokens) * -(-model.vocab_size // size) * 4
-    return max_batch_tokens * (6 * model.dim + 4 * widest) * itemsize + 3 * logits
+    return max_batch_tokens * (6 * model.dim + 4 * widest) * copies * itemsize + 3 * logits
 
 
 def memory_report(core: EngineCore) -> dict[str, int]:

@@ -36,6 +36,9 @@ class ModelRunner:
         """Everything of one step happens inside."""
         yield
 
+    def close(self) -> None:
+        """Gives up what it holds beside the model and the cache."""
+
     @property
     def vocab_start(self) -> int:
         """The first token id of this rank's slice of the vocabulary."""

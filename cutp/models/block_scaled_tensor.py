@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class BlockScaledTensor:
     """
 
     name: str
+    in_pieces: ClassVar[bool] = True
 
     def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
         """See `WeightSource.check`."""

@@ -10,9 +10,9 @@ from cutp import settings
 from cutp.checkpoint.checkpoint import Checkpoint
 from cutp.errors import CheckpointError
 from cutp.models.registry import ModelFamily
-from cutp.models.weight_reader import LoadReport, Read, fill_weights
+from cutp.models.weight_reader import Fill, LoadReport, fill_weights
 from cutp.models.weight_source import WeightSource, WholeTensor
-from cutp.nn.module import Module
+from cutp.nn.module import Module, Weight
 
 log = logging.getLogger("cutp")
 
@@ -27,13 +27,13 @@ def load_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily,
     began, before = time.perf_counter(), checkpoint.bytes_read
     for module in model.modules():
         module.materialize()
-    reads = [(weight, _reader(_source(family, name), checkpoint)) for name, weight in model.named_weights()]
-    fill_weights(reads, settings.load_threads(), progress)
+    fills = [_fill(weight, _source(family, name), checkpoint) for name, weight in model.named_weights()]
+    fill_weights(fills, settings.load_threads(), progress)
     return LoadReport(checkpoint.bytes_read - before, time.perf_counter() - began)
 
 
-def _reader(source: WeightSource, checkpoint: Checkpoint) -> Read:
-    return lambda weight, rows, buffer: source.read(checkpoint, weight, rows, buffer)
+def _fill(weight: Weight, source: WeightSource, checkpoint: Checkpoint) -> Fill:
+    return Fill(weight, lambda rows, buffer: source.read(checkpoint, weight, rows, buffer), source.in_pieces)
 
 
 def check_weights(model: Module, checkpoint: Checkpoint, family: ModelFamily) -> None:

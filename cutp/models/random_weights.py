@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cutp import settings
-from cutp.models.weight_reader import Read, fill_weights
+from cutp.models.weight_reader import Fill, Read, fill_weights
 from cutp.models.weight_source import positions
 from cutp.nn.module import Module, Weight
 
@@ -29,19 +29,19 @@ def randomize_weights(model: Module, seed: int = 0, progress: Callable[[int], No
     longest = max((max(weight.shape) for _, weight in named), default=1)
     pattern = np.random.default_rng(seed).standard_normal(_PERIOD * (_STEP + 1) + longest, np.float32) * _STD
     patterns: dict[np.dtype, np.ndarray] = {}
-    reads = []
+    fills = []
     for name, weight in named:
         if weight.dtype not in patterns:
             patterns[weight.dtype] = pattern.astype(weight.dtype)
-        reads.append((weight, _reader(name, patterns[weight.dtype])))
-    fill_weights(reads, settings.load_threads(), progress)
+        fills.append(Fill(weight, _reader(name, weight, patterns[weight.dtype])))
+    fill_weights(fills, settings.load_threads(), progress)
 
 
-def _reader(name: str, pattern: np.ndarray) -> Read:
+def _reader(name: str, weight: Weight, pattern: np.ndarray) -> Read:
     first = zlib.crc32(name.encode()) % _PERIOD
     is_norm = "norm" in name.rpartition(".")[0].rpartition(".")[2] and name.endswith(".weight")
 
-    def read(weight: Weight, rows: tuple[int, int], buffer: np.ndarray) -> np.ndarray:
+    def read(rows: tuple[int, int], buffer: np.ndarray) -> np.ndarray:
         index = positions(weight, rows)
         if len(index) == 1:
             values = pattern[first + index[0]]

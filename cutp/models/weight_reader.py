@@ -13,14 +13,22 @@ from queue import SimpleQueue
 import numpy as np
 
 from cutp.nn.module import Weight
-from cutp.nn.storage import Storage, storage
+from cutp.nn.storage import Lane, Storage, storage
 
 # Of one piece, as it is stored. A read of this size runs at full speed, and there are two buffers a thread.
 PIECE_BYTES = 16 << 20
 
 # Makes rows (start, stop) of a weight's share; the result may lie in the buffer.
-Read = Callable[[Weight, tuple[int, int], np.ndarray], np.ndarray]
-_Piece = tuple[Weight, Read, int, int]
+Read = Callable[[tuple[int, int], np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A weight and what makes its rows: a few at a time, or all at once."""
+
+    weight: Weight
+    read: Read
+    in_pieces: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,26 +46,26 @@ class LoadReport:
         return {"bytes": self.bytes, "seconds": self.seconds, "gb_per_second": self.gb_per_second}
 
 
-def fill_weights(reads: Sequence[tuple[Weight, Read]], threads: int,
-                 progress: Callable[[int], None] | None = None) -> None:
-    """Allocates every weight in the storage in use, and stores what its `Read` gives.
+def fill_weights(fills: Sequence[Fill], threads: int, progress: Callable[[int], None] | None = None) -> None:
+    """Allocates every weight in the storage in use, and stores what is read for it.
 
     progress: called, in this thread, with the bytes of each piece in the dtype of its weight. The first error of any
     thread ends the others, and is raised.
     """
-    where = storage()
-    pieces: deque[_Piece] = deque()
+    tasks: deque[tuple[Fill, list[tuple[int, int]]]] = deque()
     size = PIECE_BYTES
-    for weight, read in reads:
-        weight.allocate()
-        shape = weight.data.shape
-        row = math.prod(shape[1:]) * max(weight.data.dtype.itemsize, weight.dtype.itemsize)
+    for fill in fills:
+        fill.weight.allocate()
+        row = _row_bytes(fill.weight)
         size = max(size, row)
-        pieces.extend((weight, read, *piece) for piece in weight.pieces(max(1, PIECE_BYTES // max(1, row))))
+        pieces = list(fill.weight.pieces(max(1, PIECE_BYTES // max(1, row))))
+        tasks.extend((fill, [piece]) for piece in pieces) if fill.in_pieces else tasks.append((fill, pieces))
     done: SimpleQueue[int | None] = SimpleQueue()
-    threads = max(1, min(threads, len(pieces)))
+    threads = max(1, min(threads, len(tasks)))
+    where = storage()
+    where.ready()
     with ThreadPoolExecutor(threads, "cutp-load") as pool:
-        workers = [pool.submit(_work, pieces, where, size, done) for _ in range(threads)]
+        workers = [pool.submit(_work, tasks, where, size, done) for _ in range(threads)]
         try:
             running = threads
             while running:
@@ -67,24 +75,38 @@ def fill_weights(reads: Sequence[tuple[Weight, Read]], threads: int,
                 elif progress is not None:
                     progress(count)
         finally:
-            pieces.clear()  # an error or an interrupt: the workers end with the piece they are at
+            tasks.clear()  # an error or an interrupt: the workers end with the piece they are at
     for worker in workers:
         worker.result()
 
 
-def _work(pieces: deque[_Piece], where: Storage, size: int, done: SimpleQueue[int | None]) -> None:
+def _row_bytes(weight: Weight) -> int:
+    return math.prod(weight.data.shape[1:]) * max(weight.data.dtype.itemsize, weight.dtype.itemsize)
+
+
+def _work(tasks: deque[tuple[Fill, list[tuple[int, int]]]], where: Storage, size: int,
+          done: SimpleQueue[int | None]) -> None:
     try:
         with closing(where.lane(size)) as lane:
-            while True:
+            while tasks:
                 try:
-                    weight, read, start, stop = pieces.popleft()
-                except IndexError:
+                    fill, pieces = tasks.popleft()
+                except IndexError:  # another thread was faster
                     return
-                host = weight.rounded(read(weight, (start, stop), lane.buffer()))
-                lane.put(weight.rows(start, stop), host)
-                done.put(host.size * weight.dtype.itemsize)
+                _store(fill, pieces, lane, done)
     except BaseException:
-        pieces.clear()
+        tasks.clear()
         raise
     finally:
         done.put(None)
+
+
+def _store(fill: Fill, pieces: Sequence[tuple[int, int]], lane: Lane, done: SimpleQueue[int | None]) -> None:
+    if not pieces:  # another rank has all of it
+        return
+    weight, first = fill.weight, pieces[0][0]
+    host = weight.rounded(fill.read((first, pieces[-1][1]), lane.buffer()))
+    for start, stop in pieces:
+        part = host[start - first : stop - first]
+        lane.put(weight.rows(start, stop), part)
+        done.put(part.size * weight.dtype.itemsize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -18,7 +18,12 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class WeightSource(Protocol):
-    """How a weight is read. A source reads what the rank's share needs, and no more than a block around it."""
+    """How a weight is read. A source reads what the rank's share needs, and no more than a block around it.
+
+    in_pieces: whether rows can be read by themselves for the price of those rows.
+    """
+
+    in_pieces: bool
 
     def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
         """The names of the tensors that hold a weight of `shape`, after their headers have been held against it.
@@ -36,6 +41,7 @@ class WholeTensor:
     """A tensor called `name`, of the weight's own shape."""
 
     name: str
+    in_pieces: ClassVar[bool] = True
 
     def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
         check_tensor(checkpoint, self.name, shape)
@@ -61,6 +67,7 @@ class StackedExpert:
     name: str
     expert: int
     interleaved: bool = False
+    in_pieces: ClassVar[bool] = False  # one expert's are small, and rows lie among others
 
     def check(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> Iterable[str]:
         if not self._is_quantized(checkpoint):

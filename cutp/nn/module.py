@@ -23,8 +23,8 @@ class Weight:
     """One named parameter: `shape` of the whole tensor, `dtype` its values are rounded to, and one rank's share.
 
     data: the share, or None before it is loaded. On the CPU it is float32, rounded to `dtype`; on a device it is of
-    `device_dtype`, by default `dtype`, and its axes may be longer by the zeros of `padding`. clip: values are clamped to
-    [-clip, clip] when they are stored.
+    `device_dtype`, by default `dtype`, and its axes may be longer by the zeros of `padding`. clip: values are clamped
+    to [-clip, clip] when they are stored.
     """
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, *, strategy: ShardingStrategy | None = None,
@@ -123,7 +123,7 @@ class Weight:
             self.data = storage().empty(shape, self.held_dtype, zeros=shape != self.local_shape)
 
     def pieces(self, rows: int | None = None) -> Iterator[tuple[int, int]]:
-        """The share's rows as (start, stop) pairs, at most `rows` each, none of which has padding inside."""
+        """The allocated share's rows as (start, stop) pairs, at most `rows` each, none of which has padding inside."""
         length = self._run[0]
         step = max(1, length if rows is None else min(rows, length))
         for first in range(0, self.local_shape[0], max(1, length)):
@@ -145,8 +145,9 @@ class Weight:
     @property
     def _run(self) -> tuple[int, int]:
         """Rows from one padding to the next, without it and with it."""
-        parts = self.padding.parts if self.padding is not None and self.padding.axis == 0 else 1
-        return self.local_shape[0] // parts, (0 if self.data is None else self.data.shape[0]) // parts
+        length, held = self.local_shape[0], len(self.data)
+        parts = 1 if held == length else self.padding.parts
+        return length // parts, held // parts
 
 
 def cut(array: np.ndarray, axis: int | None, ranges: Ranges | None) -> np.ndarray:

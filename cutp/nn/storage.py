@@ -38,10 +38,10 @@ class Lane(Protocol):
     """One thread's way into a storage."""
 
     def buffer(self) -> np.ndarray:
-        """Memory to read into, uint8; it is free until the next `put`."""
+        """Memory to read into, uint8, whose content the next `put` may overwrite."""
 
     def put(self, target: Any, host: np.ndarray) -> None:
-        """Writes `host` to the rows `target` of a weight; it may be read until the lane is closed."""
+        """Writes `host`, from the buffer or from elsewhere, to the rows `target` of a weight."""
 
     def close(self) -> None:
         """Waits until all that was put has arrived."""
@@ -61,6 +61,9 @@ class Storage(Protocol):
     def put(self, target: Any, host: np.ndarray) -> None:
         """Writes `host` to `target`, the rows of a weight: cast, and with zeros in the columns it does not have."""
 
+    def ready(self) -> None:
+        """Waits until all that was allocated may be written in any way."""
+
     def lane(self, nbytes: int) -> Lane:
         """A lane for the calling thread, with buffers of `nbytes`; pieces are no larger than that."""
 
@@ -79,6 +82,9 @@ class HostStorage:
 
     def put(self, target: np.ndarray, host: np.ndarray) -> None:
         target[...] = host
+
+    def ready(self) -> None:
+        pass
 
     def lane(self, nbytes: int) -> Lane:
         return _HostLane(nbytes)
@@ -116,6 +122,9 @@ class DeviceStorage:
 
     def put(self, target: Any, host: np.ndarray) -> None:
         self.memory.upload(target, _fitted(host, target.shape, target.dtype))
+
+    def ready(self) -> None:
+        self.memory.synchronize()
 
     def lane(self, nbytes: int) -> Lane:
         return _DeviceLane(self.memory.uploader(nbytes))

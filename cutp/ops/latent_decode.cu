@@ -282,7 +282,7 @@ latent_decode(const scalar_t* q, const scalar_t* pages, const int* lookup_table,
     for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
         const Task task(a, index);
         const int length = task.last - task.first;
-        __syncthreads();  // what the task before has in shared memory has been read
+        // Of the task before, a warp may still be reading the totals. All else has been read.
         load_queries(a, task, queries);
         look_up_groups(a, task, shared);
         __syncthreads();

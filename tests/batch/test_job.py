@@ -321,6 +321,23 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(options, monkeypatch, ranks,
     check_complete(options)
 
 
+def test_after_a_failed_write_nothing_is_written_and_the_job_ends_soon(options, monkeypatch):
+    monkeypatch.setattr(job_module, "_FIRST_MEETING", 30.0)
+    append, calls, steps = Journal.append, [], []
+
+    def failing_once(file, value):
+        if file.path.name.startswith("part-"):
+            calls.append(value["id"])
+            if len(calls) == 3:
+                raise journal.cannot_write(file.path, OSError(28, "No space left on device"))
+        append(file, value)
+
+    monkeypatch.setattr(Journal, "append", failing_once)
+    with pytest.raises(OutputError, match="No space"):
+        run(options, on_step=lambda rank, number: steps.append(number))
+    assert len(calls) == 3 and len(results(options.directory)) == 2 and len(steps) == 1
+
+
 def test_input_that_goes_away_while_the_job_runs(options, tmp_path):
     class Removing(FakeLLM):
         def __init__(self, comm, on_step):

@@ -44,7 +44,9 @@ def test_order_of_the_input(job, tmp_path):
 
 def test_order_of_the_results(job, tmp_path):
     ids = [line["id"] for line in merged(job, tmp_path, "done")]
-    assert sorted(ids, key=str) == sorted(IDS, key=str) and ids != IDS
+    names = sorted((name.split(".")[1], name) for name in os.listdir(job.directory) if name.startswith("part-"))
+    lines = [line for _, name in names for line in (tmp_path / "out" / name).read_text().splitlines()]
+    assert ids == list(dict.fromkeys(json.loads(line)["id"] for line in lines)) and ids != IDS
     for path in job.inputs:
         os.remove(path)
     assert [line["id"] for line in merged(job, tmp_path, "done")] == ids
@@ -81,6 +83,20 @@ def test_records_that_failed_are_not_missing(job, tmp_path):
     assert [(error["code"], error["count"]) for error in status["errors"]] == [("request", 2)]
     assert [attempt.get("exit") for attempt in status["attempts"]] == [75, 0, 6]
     assert status["metrics"][0]["job"]["failed"] == 2
+
+
+def test_records_that_failed_before_a_change_are_to_do_again(job, tmp_path):
+    with open(job.inputs[0], "a") as file:
+        file.write('{"id": "bad", "prompt": "refuse"}\n')
+    changing = JobOptions(**{**vars(job), "accept_changes": True})
+    assert run(changing)[0] == 6
+    merge_results(job.directory, str(tmp_path / "all.jsonl"))
+    text = (tmp_path / "b.jsonl").read_text()
+    (tmp_path / "b.jsonl").write_text(text.replace("refuse", "right"))
+    assert run(JobOptions(**{**vars(changing), "time_limit": "0"}))[0] == 75
+    with pytest.raises(ConfigError, match="1 of 21 records are still to do"):
+        merge_results(job.directory, str(tmp_path / "all.jsonl"))
+    assert run(job)[0] == 0 and merge_results(job.directory, str(tmp_path / "all.jsonl")) == (21, 0)
 
 
 def test_full_disk(job, tmp_path, monkeypatch):

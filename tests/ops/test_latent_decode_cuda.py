@@ -121,6 +121,18 @@ def test_splits_of_many_sizes(device):
     assert_close(got, case)
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+def test_the_plan_has_room_for_requests_of_any_length(device, heads):
+    for length in (1, 64, 65, 64 * 64, 64 * 64 + 1, 10_000, 2048 * 32, 2048 * 64, 150_001):
+        plan = device.poisoned(latent_decode_workspace(1, length, heads).plan, np.int32)
+        latent_decode_plan(device.array(np.array([length], np.int32)), heads, plan=plan)
+        (count, *_), *items = device.numpy(plan).tolist()
+        for i, (request, place, first, last) in enumerate(items[:count]):
+            assert (request, place) == (0, i | count << 16) and last > first
+            assert first == (items[i - 1][3] if i else 0) and first % 64 == 0 and last - first <= 2048
+        assert items[count - 1][3] == length
+
+
 @gpu_only
 def test_long_requests(device):
     for heads, lengths in ((16, [150_000, 9000, 1]), (128, [20_000, 70_000]), (32, [8192] * 16)):
@@ -206,6 +218,8 @@ def test_bad_arguments(device):
     refused("kv_lengths has shape", kv_lengths=np.ones(3, np.int32))
     refused("plan has dtype", plan=np.zeros((3, 4), np.uint32))
     refused("plan has room for 1 items; 2 requests of up to 32 tokens may need 2", plan=np.zeros((2, 4), np.int32))
+    refused("plan has room for 2 items; 2 requests of up to 160 tokens may need 6",
+            lookup_table=np.zeros((2, 10), np.int32))
     refused("partials has 1 elements", partials=np.zeros(1, np.float32))
     refused("partials has dtype", partials=np.zeros(2 * 16 * 514, bfloat16))
     refused("out has shape", out=np.zeros((2, 16, 576), bfloat16))

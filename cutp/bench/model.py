@@ -1,0 +1,117 @@
+"""How fast a model runs: prefill and decoding through the engine, held against this GPU's limits of the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cutp.engine.core import EngineCore
+from cutp.engine.llm import LLM
+from cutp.engine.request import Request
+from cutp.engine.sampling_params import SamplingParams
+
+_GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ignore_eos=True, min_tokens=0,
+                         repetition_penalty=1.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank must move and compute at least. weight_bytes: of the weights that every token reads, the head among
+    them and the embedding not. matrix_elements: of those weights, the head left out. kv_bytes: of one cached token."""
+
+    weight_bytes: int
+    matrix_elements: int
+    head_elements: int
+    kv_bytes: int
+    heads: int
+    head_dim: int
+    layers: int
+
+    @classmethod
+    def of(cls, llm: LLM) -> Work:
+        """Of a model without experts; of one with experts all are counted, although few are read."""
+        model = llm.model
+        weights = dict(model.named_weights())
+        table = model.embed_tokens.shards[0].weight
+        head = model.lm_head.shards[0].weight
+        elements = {name: int(np.prod(weight.local_shape)) for name, weight in weights.items()}
+        itemsize = table.dtype.itemsize
+        read = sum(elements.values()) - (0 if head is table else int(np.prod(table.local_shape)))
+        head_elements = int(np.prod(head.local_shape))
+        attention = model.layers[0].self_attn.shards[0]
+        group = llm.comm.size // llm.replicas
+        return cls(read * itemsize, read - head_elements, head_elements,
+                   model.kv_params.bytes_per_token(group, llm.comm.rank % group), attention.n_heads,
+                   attention.head_dim, len(model.layers))
+
+    def prefill_flop(self, prompts: int, length: int) -> float:
+        """FLOP of `prompts` prompts of `length` tokens: matrices, causal attention, one row of logits each."""
+        tokens = prompts * length
+        attention = 4.0 * self.layers * self.heads * self.head_dim * prompts * length * (length + 1) / 2
+        return 2.0 * self.matrix_elements * tokens + attention + 2.0 * self.head_elements * prompts
+
+    def decode_bytes(self, batch: int, context: float) -> float:
+        """Bytes that one step of `batch` requests with `context` cached tokens reads."""
+        return self.weight_bytes + batch * context * self.kv_bytes
+
+
+def limits(llm: LLM) -> dict[str, Any] | None:
+    """What this rank's GPU reads and multiplies, measured now; None on the CPU."""
+    if not llm.on_gpu:
+        return None
+    from cutp.array.cuda import device_info
+    from cutp.bench.limits import Limits
+
+    found = Limits()
+    return {"gpu": device_info().name, "read_gbps": found.read_gbps, "matmul_tflops": found.matmul_tflops}
+
+
+def measure(llm: LLM, prompt_len: int, gen_len: int, batch: int, repeats: int = 5) -> dict[str, Any]:
+    """Runs `batch` random prompts `repeats` times, after one run that is not counted; collective.
+
+    Medians over the runs: prefill_ms from the first step to the batch's last first token; decode_ms a step in which
+    every request gets a token, everything the host does included.
+    """
+    work = Work.of(llm)
+    prefills, decodes, waits = [], [], []
+    for seed in range(repeats + 1):
+        prefill, steps = _run(llm._work.core, llm.model.vocab_size, prompt_len, gen_len, batch, seed)
+        if seed:
+            prefills.append(prefill)
+            decodes.append(statistics.median(steps))
+            waits.append(max(steps))
+    prefill, decode = statistics.median(prefills), statistics.median(decodes)
+    return {
+        "batch": batch, "prompt_len": prompt_len, "gen_len": gen_len, "tp": llm.tp,
+        "prefill_ms": 1e3 * prefill, "prefill_tokens_per_s": batch * prompt_len / prefill,
+        "prefill_tflops": work.prefill_flop(batch, prompt_len) / prefill / 1e12,
+        "decode_ms": 1e3 * decode, "slowest_step_ms": 1e3 * max(waits), "decode_tokens_per_s": batch / decode,
+        "decode_gbps": work.decode_bytes(batch, prompt_len + gen_len / 2) / decode / 1e9,
+    }
+
+
+def _run(core: EngineCore, vocab: int, prompt_len: int, gen_len: int, batch: int,
+         seed: int) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of each step in which all requests decode."""
+    rng = np.random.default_rng(seed)
+    params = SamplingParams(**{**_GREEDY.to_dict(), "max_tokens": gen_len})
+    requests = [Request(index, index, None, rng.integers(0, vocab, prompt_len).tolist(), prompt_len + gen_len, params,
+                        share_prefix=False) for index in range(batch)]
+    for request in requests:
+        core.add(request)
+    begin = time.perf_counter()
+    while not all(request.generated for request in requests):
+        core.step()
+    prefill = time.perf_counter() - begin
+    steps = []
+    while core.has_work:
+        full = all(request.finish_reason is None for request in requests)
+        start = time.perf_counter()
+        core.step()
+        if full:
+            steps.append(time.perf_counter() - start)
+    return prefill, steps

@@ -1,0 +1,346 @@
+"""The NCCL communicator behind a Communicator: how ranks join it, wait for it and leave it.
+
+NCCL knows no deadlines: what a missing rank leaves waiting waits for ever, in the host call or on the GPU. So what may
+wait on the host (joining, connecting, leaving) happens in a thread that can be given up, and while the host waits for
+the GPU it looks at NCCL's own errors, at the peers' failure notices and at the clock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import numpy as np
+
+from cutp.array import cuda
+from cutp.array.graph import Graph, is_capturing
+from cutp.comm.host_messages import HostMessages
+from cutp.comm.transport import Transport
+from cutp.errors import ClosedError, CommError, CommTimeoutError, ConfigError, CutpError, DeviceError, PeerFailedError
+
+log = logging.getLogger("cutp")
+
+_LOG_HINT = "NCCL_DEBUG=INFO shows what NCCL does"
+# One all-reduce each of so many float32: NCCL connects every algorithm at its first use, and chooses by size.
+_WARM_UP_SIZES = (2, 64 << 10, 4 << 20)
+_CUDA_NOT_READY = 600
+
+_SPIN_SECONDS = 0.005
+_PAUSE = 50e-6
+_LOOK_SECONDS = 1e-3
+_ABORT_SECONDS = 5.0
+_LEAVE_SECONDS = 20.0
+_ROLL_CALL_SECONDS = 3.0
+
+_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
+_links: weakref.WeakSet[NcclLink] = weakref.WeakSet()
+
+
+class NcclLink:
+    """This rank's part of an NCCL communicator among the GPUs that were current when all ranks called `join`."""
+
+    def __init__(self, transport: Transport, cupy: Any, card: dict[str, Any]):
+        self._transport, self._cupy, self._card = transport, cupy, card
+        self.nccl = cupy.cuda.nccl
+        self._comm: Any = None
+        self._closed = False
+        self._last_call = "joining NCCL"
+        self._streams: dict[int, Any] = {}
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+
+    @staticmethod
+    def join(transport: Transport) -> NcclLink:
+        """Collective: connects the current GPUs of all ranks.
+
+        DeviceError where a GPU or NCCL is missing, ConfigError for two ranks on one GPU, CommTimeoutError or CommError,
+        naming rank, host and GPU, if NCCL does not connect them.
+        """
+        if is_capturing():
+            raise ConfigError("the first collective on GPUs connects them, which cannot be captured in a graph",
+                              hint="compute once before capturing")
+        host = HostMessages(transport)
+        with host.agree("looking for NCCL"):
+            cupy = cuda.cupy()
+            card = _describe_card(cupy)
+        cards = host.all_gather_json(card)
+        _check_cards(transport, cards)
+        with host.agree("making an NCCL id"):
+            uid = _unique_id(cupy.cuda.nccl) if transport.rank == 0 else None
+        link = NcclLink(transport, cupy, card)
+        link._connect(host.broadcast_bytes(uid))
+        return link
+
+    def _connect(self, uid: bytes) -> None:
+        t = self._transport
+        create = self.nccl.NcclCommunicator
+        self._comm = self._guarded("connecting", lambda: create(t.size, uid, t.rank))
+        _links.add(self)
+        atexit.unregister(_leave_at_exit)
+        atexit.register(_leave_at_exit)
+        try:
+            self._guarded("a first exchange", self._warm_up)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _warm_up(self) -> None:
+        cupy, nccl, comm, size = self._cupy, self.nccl, self._comm, self._transport.size
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            data = cupy.empty(max(*_WARM_UP_SIZES, 8 * size), np.float32)
+            data[...] = 0
+            start = data.data.ptr
+            for count in _WARM_UP_SIZES:
+                comm.allReduce(start, start, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
+            own = start + 32 * self._transport.rank
+            comm.allGather(own, start, 8, nccl.NCCL_FLOAT32, stream.ptr)
+            comm.reduceScatter(start, own, 8, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
+            comm.broadcast(start, start, 8, nccl.NCCL_FLOAT32, 0, stream.ptr)
+        stream.synchronize()
+
+    # -- use -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise if this can no longer be used: ClosedError after `close`, the reason after a failure."""
+        if self._closed:
+            raise ClosedError("this communicator was closed")
+        try:
+            self._transport.check_usable()
+        except CommError:
+            self.abort()
+            raise
+        if self._comm is None:
+            raise CommError("NCCL was aborted on this rank", rank=self._transport.rank)
+
+    @contextmanager
+    def calling(self, call: str) -> Iterator[Any]:
+        """CuPy's communicator, for what the body starts; a refusal of NCCL's becomes a CommError about `call`."""
+        self._last_call = call
+        try:
+            yield self._comm
+        except self.nccl.NcclError as error:
+            self._fail(CommError(f"{call} was refused by NCCL on {self._where()}: {error}",
+                                 rank=self._transport.rank, hint=_LOG_HINT))
+
+    def used(self, stream: Any, graph: Graph | None) -> None:
+        """Remember what must have ended before this can be closed: `stream`, and the graph that is being captured."""
+        self._streams.setdefault(stream.ptr, stream)
+        if graph is not None:
+            self._graphs.add(graph)
+
+    def wait(self, stream: Any) -> None:
+        """Return once all that was started on `stream` has ended.
+
+        CommTimeoutError after the deadline, PeerFailedError when a peer reports a failure, CommError when NCCL does;
+        NCCL is aborted then, which also ends what hangs on the GPU. DeviceError if a kernel failed.
+        """
+        self.check()
+        status = self._poll(stream, self._transport.timeout)
+        if status == _CUDA_NOT_READY:
+            self._time_out()
+        if status != 0:
+            raise DeviceError(f"a kernel or copy on {self._where()} failed: "
+                              f"{self._cupy.cuda.runtime.CUDARuntimeError(status)}",
+                              hint="CUDA_LAUNCH_BLOCKING=1 shows which one")
+        self._check_nccl()
+
+    def _poll(self, stream: Any, limit: float) -> int:
+        """The status of an event after all that was started on `stream`: not ready, if that lasts `limit` seconds."""
+        # Event.done would be false for ever after an error.
+        query = self._cupy.cuda.runtime.eventQuery
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        began = time.monotonic()
+        next_look = began + _LOOK_SECONDS
+        while (status := query(event.ptr)) == _CUDA_NOT_READY:
+            now = time.monotonic()
+            if now >= next_look:
+                self._check_nccl()
+                try:
+                    self._transport.check_peers()
+                except PeerFailedError:
+                    self.abort()
+                    raise
+                if now - began >= limit:
+                    break
+                next_look = now + _LOOK_SECONDS
+            if now - began < _SPIN_SECONDS:
+                _yield_core()
+            else:
+                time.sleep(_PAUSE)
+        return status
+
+    def _check_nccl(self) -> None:
+        try:
+            self._comm.check_async_error()
+        except KeyError:
+            pass  # CuPy has no name for "in progress"
+        except self.nccl.NcclError as error:
+            self._fail(CommError(f"NCCL failed on {self._where()} in or after {self._last_call}: {error}",
+                                 rank=self._transport.rank, hint=_LOG_HINT))
+
+    # -- failure ---------------------------------------------------------------------------------------
+
+    def _fail(self, error: CommError) -> NoReturn:
+        self.abort()
+        self._transport.give_up(error)
+
+    def _time_out(self) -> NoReturn:
+        """Find out who is missing: ranks that wait for their GPUs as well come to their deadlines at the same time."""
+        t = self._transport
+        self.abort()
+        late = f"{self._last_call} did not end on {self._where()} within {t.timeout:.1f} s"
+        t.check_usable()
+        limit, t.timeout = t.timeout, min(_ROLL_CALL_SECONDS, t.timeout)
+        nothing = np.empty(0, np.uint8)
+        missing = "all ranks wait: their calls do not match, or a GPU or a link between GPUs hangs"
+        try:
+            t.exchange(f"{self._last_call} on GPUs, late", t.next_tag(), dict.fromkeys(t.peers, nothing), t.peers)
+        except PeerFailedError:
+            raise
+        except CommError as error:
+            missing = error.message
+        finally:
+            t.timeout = limit
+        error = CommTimeoutError(f"{late}; {missing}", rank=t.rank,
+                                 hint="CUTP_COMM_TIMEOUT sets the limit in seconds")
+        t.give_up(error)
+
+    def abort(self) -> None:
+        """End NCCL's work on this rank, on the GPU too, without its peers. Never waits long; may be called again."""
+        comm, self._comm = self._comm, None
+        # If it does not return, its thread holds the communicator, whose finaliser would wait as well.
+        if comm is not None and not self._start(comm.abort).wait(_ABORT_SECONDS):
+            log.warning("NCCL could not be aborted within %.0f s on %s", _ABORT_SECONDS, self._where())
+
+    # -- end -------------------------------------------------------------------------------------------
+
+    def close(self, limit: float = _LEAVE_SECONDS) -> None:
+        """Leave: graphs that hold calls are closed once what was started has ended, then NCCL's communicator is
+        destroyed; after a failure it is aborted. Needs no peers, never waits long, never raises; may be called again.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        _links.discard(self)
+        if self._comm is not None and not self._has_ended(limit):
+            self.abort()
+        graphs = list(self._graphs)
+        if graphs and not self._start(lambda: [graph.close() for graph in graphs]).wait(limit):
+            log.warning("graphs that hold NCCL calls could not be closed on %s", self._where())
+            self.abort()
+        comm, self._comm = self._comm, None
+        if comm is not None and not self._start(comm.destroy).wait(limit):
+            log.warning("NCCL's communicator could not be destroyed within %.0f s on %s", limit, self._where())
+        self._streams.clear()
+
+    def _has_ended(self, limit: float) -> bool:
+        """Whether all that was started ended well, within `limit` seconds."""
+        t = self._transport
+        with suppress(CutpError, RuntimeError):
+            deadline = time.monotonic() + min(limit, t.timeout)
+            return not t.failed and all(
+                self._poll(stream, deadline - time.monotonic()) == 0 for stream in self._streams.values()
+            )
+        return False
+
+    # -- threads that may be given up ------------------------------------------------------------------
+
+    def _start(self, work: Callable[[], Any]) -> _Task:
+        return _Task(work, lambda: self._cupy.cuda.Device(self._card["index"]).use())
+
+    def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
+        """work(), given up when a peer fails or the deadline passes."""
+        t = self._transport
+        task = self._start(work)
+        began = time.monotonic()
+        while not task.wait(0.002):
+            t.check_peers()
+            waited = time.monotonic() - began
+            if waited >= t.timeout:
+                self._fail(CommTimeoutError(
+                    f"NCCL: {what} {self._where()} and the GPUs of the {t.size - 1} other ranks took more than "
+                    f"{waited:.1f} s", rank=t.rank,
+                    hint=f"a firewall or a wrong NCCL_SOCKET_IFNAME between hosts, or a rank that hangs; {_LOG_HINT}"))
+        try:
+            return task.result()
+        except RuntimeError as error:  # NCCL's, or CUDA's
+            self._fail(CommError(f"NCCL: {what} {self._where()} and the GPUs of the other ranks failed: {error}",
+                                 rank=t.rank, hint=_LOG_HINT))
+
+    def _where(self) -> str:
+        card = self._card
+        return f"GPU {card['index']} ({card['name']}, {card['card']}) of host {self._transport.hosts[self._transport.rank]}"
+
+
+class _Task:
+    """A call in a thread of its own, on the same GPU, which the process does not wait for at its end."""
+
+    def __init__(self, work: Callable[[], Any], prepare: Callable[[], Any]):
+        self._work, self._prepare = work, prepare
+        self._done = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="cutp NCCL", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+            self._value = self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        return self._done.wait(max(0.0, seconds))
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _leave_at_exit() -> None:
+    # CuPy's finaliser would destroy what is left, and wait for peers and a driver that may be gone.
+    for link in list(_links):
+        link.close(_ABORT_SECONDS)
+
+
+def _describe_card(cupy: Any) -> dict[str, Any]:
+    nccl = cupy.cuda.nccl
+    if not nccl.available:
+        raise DeviceError("CuPy finds no NCCL, which several GPUs need", hint=cuda.INSTALL_HINT)
+    info = cuda.device_info()
+    return {"card": info.uuid or info.pci_bus_id, "index": info.index, "name": info.name, "nccl": nccl.get_version()}
+
+
+def _check_cards(transport: Transport, cards: Sequence[dict[str, Any]]) -> None:
+    """ConfigError, the same on all ranks, for two ranks on one GPU or different versions of NCCL."""
+    hosts = transport.hosts
+    for rank, card in enumerate(cards):
+        for other in range(rank):
+            if (hosts[other], cards[other]["card"]) == (hosts[rank], card["card"]):
+                raise ConfigError(
+                    f"{transport.names([other, rank])} use the same GPU {card['index']} ({card['name']}, {card['card']})",
+                    hint="start no more ranks on a node than it has GPUs, and let every rank see its own or all of them")
+        if card["nccl"] != cards[0]["nccl"]:
+            raise ConfigError(
+                f"{transport.names([0])} has NCCL {cards[0]['nccl']} and {transport.names([rank])} NCCL {card['nccl']}",
+                hint="install the same NCCL everywhere, and see that LD_LIBRARY_PATH names no other")
+
+
+def _unique_id(nccl: Any) -> bytes:
+    try:
+        return bytes(nccl.get_unique_id())
+    except nccl.NcclError as error:
+        raise CommError(f"NCCL cannot make an id: {error}",
+                        hint=f"it needs a network interface, which NCCL_SOCKET_IFNAME names; {_LOG_HINT}") from error

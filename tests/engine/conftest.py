@@ -1,0 +1,33 @@
+"""A GPU for `LLM(device="cuda")`: an emulated one, and with `-m gpu` a real one."""
+
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from tests.device_arrays import emulated_device
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda(request, monkeypatch):
+    """"emulated" or "gpu"; `LLM(device="cuda")` then runs there."""
+    if request.param == "gpu":
+        cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+        if not cupy.cuda.is_available():
+            pytest.skip("there is no GPU")
+        yield "gpu"
+        return
+    if shutil.which("g++") is None:
+        pytest.skip("the emulation of kernels needs g++")
+    from cutp.array.device import DeviceRef
+    from cutp.comm.device_mapping import Placement
+    from cutp.engine import llm, loading
+
+    with emulated_device(monkeypatch) as memory:
+        monkeypatch.setattr(llm, "place_rank", lambda name, comm: Placement(
+            DeviceRef.GPU() if name == "cuda" else DeviceRef.CPU()))
+        monkeypatch.setattr(loading, "CudaMemory", lambda device: memory)
+        monkeypatch.setattr(loading, "Stream", nullcontext)
+        monkeypatch.setattr(loading, "device_info", lambda: SimpleNamespace(multiprocessors=2))
+        yield "emulated"
