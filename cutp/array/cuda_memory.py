@@ -33,6 +33,10 @@ class CudaMemory:
             self._cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self._stream.ptr)
         return array
 
+    def pinned(self, size: int) -> np.ndarray:
+        """See `Memory.pinned`. CapacityError if the host has not got so much."""
+        return _pinned(self._cupy, size)
+
     def upload(self, target: Any, host: np.ndarray) -> None:
         """See `Memory.upload`; `target` is C-contiguous. `host` may change as soon as this returns."""
         _copy_up(self._cupy.cuda.runtime, target, np.ascontiguousarray(host), self._stream)
@@ -86,12 +90,7 @@ class CudaUploader:
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        try:
-            # The memory stays pinned as long as an array refers to it.
-            self._buffers = [np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes) for _ in range(2)]
-        except (RuntimeError, MemoryError) as error:  # CuPy's CUDARuntimeError is a RuntimeError
-            raise CapacityError(f"the host cannot pin 2 x {nbytes / 1e6:.0f} MB to read weights into: {error}",
-                                hint="set CUTP_LOAD_THREADS to a smaller number") from error
+        self._buffers = [_pinned(cupy, nbytes) for _ in range(2)]
         self._turn = 0
 
     def buffer(self) -> np.ndarray:
@@ -109,6 +108,15 @@ class CudaUploader:
         """See `Uploader.close`."""
         self._stream.synchronize()
         self._buffers = []
+
+
+def _pinned(cupy: Any, size: int) -> np.ndarray:
+    try:
+        # The array keeps the memory, which goes back to CuPy's pool with it.
+        return np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+    except (RuntimeError, MemoryError) as error:  # CuPy's CUDARuntimeError is a RuntimeError
+        raise CapacityError(f"the host cannot pin {size / 1e6:.0f} MB of memory for copies to the GPU: {error}",
+                            hint="set CUTP_LOAD_THREADS to a smaller number, or ask for more host memory") from error
 
 
 def _copy_up(runtime: Any, target: Any, host: np.ndarray, stream: Any) -> None:

@@ -32,6 +32,9 @@ class Memory(Protocol):
     def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """As `empty`, but all bits are zero once what was started before on the current stream has ended."""
 
+    def pinned(self, size: int) -> np.ndarray:
+        """Host memory that the device reads and writes by itself, uint8 [size]."""
+
     def upload(self, target: Any, host: np.ndarray) -> None:
         """Copies `host`, of the same shape and dtype, to `target`, in the order of the current stream."""
 

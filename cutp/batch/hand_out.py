@@ -11,6 +11,24 @@ from cutp.batch.records import Record
 # Records of one window, and the bytes of text after which a window ends early.
 WINDOW_RECORDS = 2048
 WINDOW_COST = 16 << 20
+# Records a replica has beside those that run, at least and at most, so that it need not wait for the next meeting.
+LEAST_BACKLOG, MOST_BACKLOG = 32, 1024
+# Seconds between two meetings: short at first, because the first guess of the work may be wrong.
+SHORTEST, LONGEST = 0.1, 2.0
+
+
+def plan(slots: int, finished: int, between: float) -> tuple[int, float]:
+    """(how many records a replica is to have until the next meeting, seconds until then).
+
+    slots: requests that run at once. finished: what the fastest replica has finished since the last meeting, `between`
+    seconds ago. A replica has what runs and twice what one finishes in the time: more would only be missing elsewhere
+    at the end. Where that is too much to hold, meetings come more often.
+    """
+    rate = finished / between if between else 0.0
+    after = min(max(2 * between, SHORTEST), LONGEST)
+    if 2 * rate * after > MOST_BACKLOG:
+        after = max(SHORTEST, MOST_BACKLOG / (2 * rate))
+    return slots + min(max(LEAST_BACKLOG, round(2 * rate * after)), MOST_BACKLOG), after
 
 
 def shares(available: int, outstanding: Sequence[int], target: int) -> list[int]:

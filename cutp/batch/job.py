@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from cutp.batch.hand_out import Window, deal, shares
+from cutp.batch.hand_out import Window, deal, plan, shares
 from cutp.batch.journal import Journal
 from cutp.batch.prepare import JobOptions, PreparedJob, prepare_job
 from cutp.batch.progress import JobCounts, Progress, Rates, peak_memory
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from cutp.engine.replicas import Replicas
 
 EXIT_WITH_ERRORS = 6
-# Seconds between meetings at first, so that little is lost when the first guess of the work is wrong; and later.
-_FIRST_MEETING, _MEETING = 0.1, 2.0
-# Records a replica has beside those that run, at least and at most, so that it need not wait for the next meeting.
-_LEAST_BACKLOG, _MOST_BACKLOG = 32, 1024
 _SYNC_SECONDS = 10.0
 
 
@@ -103,8 +99,8 @@ class _Loop:
         self._worker = ReplicaWorker(llm, ResultWriter(options.model, facts.created, token_text), results, errors)
         self._window = Window(job.read_records(self._bad_line)) if job is not None else None
         self._max_running = EngineOptions().max_running
-        self._target = self._max_running + _LEAST_BACKLOG
-        self._between, self._finished = _FIRST_MEETING, 0
+        self._target, self._between = plan(self._max_running, 0, 0.0)
+        self._finished = 0
         self._counts = JobCounts(facts.done, facts.settled, facts.pending)
         self._rates, self._job_rates, self._job_tokens = Rates(), Rates(), (0, 0)
         self._began = self._last_report = self._last_sync = time.monotonic()
@@ -144,21 +140,10 @@ class _Loop:
             return stops[0]
         if self._options.stop_on_error and failed:
             return "error"
-        self._plan(max(state["slots"] for state in firsts), max(state["finished"] for state in firsts))
+        finished = max(state["finished"] for state in firsts)
+        self._target, self._between = plan(max(state["slots"] for state in firsts), finished, self._between)
         self._take(shares(available, outstanding, self._target))
         return None
-
-    def _plan(self, slots: int, finished: int) -> None:
-        """How many records a replica is to have until the next meeting, and when that is.
-
-        It has what runs (`slots`) and twice what one has finished since the last meeting: more would only be missing
-        elsewhere at the end. Where that is too much to hold, meetings come more often.
-        """
-        rate = finished / self._between
-        self._between = min(2 * self._between, _MEETING)
-        if 2 * rate * self._between > _MOST_BACKLOG:
-            self._between = max(_FIRST_MEETING, _MOST_BACKLOG / (2 * rate))
-        self._target = slots + min(max(_LEAST_BACKLOG, round(2 * rate * self._between)), _MOST_BACKLOG)
 
     def _state(self) -> dict[str, Any]:
         """What this rank tells the others."""

@@ -64,13 +64,16 @@ class PreparedJob:
         return len(self.pending)
 
     def read_records(self, on_bad_line: OnBadLine) -> Iterator[Record]:
-        """The records to run, in the order of the input. Raises RequestError when the input cannot be read again."""
+        """The records to run, in the order of the input; lines that were added since the job started are left out.
+
+        Raises RequestError when the input cannot be read again, or has become shorter.
+        """
         defaults = JobDefaults(self.options.params, self.options.chat, self.manifest.seed)
         files = find_files(self.options.inputs, self.options.line_format)
         index = -1
         for index, (_, line) in enumerate(places(files)):
             if index >= self.records:
-                break
+                return
             if self.pending[index]:
                 identity, openai = None, False
                 try:

@@ -52,6 +52,6 @@ def check_mapping(facts: list[tuple[str, str | None, int]], share: bool) -> None
             on_host = [r for r, fact in enumerate(facts) if fact[0] == host]
             visible = len({facts[r][1] for r in on_host})
             raise DeviceMappingError(
-                f"ranks {first} and {rank} would both use GPU {index} of host {host} ({uuid}): {len(on_host)} ranks run "
-                f"there, with {visible} {'GPU' if visible == 1 else 'GPUs'} among them",
+                f"ranks {first} and {rank} would both use GPU {index} of host {host} ({uuid}): {len(on_host)} ranks "
+                f"run there, with {visible} {'GPU' if visible == 1 else 'GPUs'} among them",
                 hint="start one rank for each GPU, give each rank a GPU of its own, or set CUTP_SHARE_GPU=1 to share")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cutp.array import cuda
+from cutp.array.arena import address
 from cutp.array.graph import Graph, is_capturing
 from cutp.comm.host_messages import HostMessages
 from cutp.comm.transport import Transport
@@ -96,7 +97,7 @@ class NcclLink:
         with stream:
             data = cupy.empty(max(*_WARM_UP_SIZES, 8 * size), np.float32)
             data[...] = 0
-            start = data.data.ptr
+            start = address(data)
             for count in _WARM_UP_SIZES:
                 comm.allReduce(start, start, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
             own = start + 32 * self._transport.rank

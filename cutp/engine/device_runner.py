@@ -11,7 +11,7 @@ import numpy as np
 from cutp.array.scratch import Memory, Scratch
 from cutp.comm.communicator import Communicator
 from cutp.engine.block_tables import BlockTables
-from cutp.engine.decode_graphs import DecodeGraphs
+from cutp.engine.decode_graphs import DecodeGraphs, batch_size
 from cutp.engine.device_sampler import DeviceSampler
 from cutp.engine.device_scores import DeviceScores
 from cutp.engine.runner import MAX_LOGITS, ModelRunner, Scored
@@ -39,7 +39,9 @@ class DeviceRunner(ModelRunner):
         self.shape = AttentionShape.of(layer.self_attn.shards[0] for layer in model.layers)
         blocks = multiprocessors * blocks_per_multiprocessor(
             self.shape.head_dim, self.shape.n_heads // self.shape.n_kv_heads, self.dtype)
-        self.workspace = DecodeWorkspace(memory, self.shape, max_running, max_pages, cache.params.page_size, blocks)
+        # Captured batches are padded to their size.
+        self.workspace = DecodeWorkspace(memory, self.shape, batch_size(max_running), max_pages,
+                                         cache.params.page_size, blocks)
         self.frequencies = RotaryTables(memory)
         self.scores = DeviceScores(memory, comm)
         # Tables of such embeddings are made anew for every batch, which a captured graph cannot do.

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutp.batch import hand_out
-from cutp.batch.hand_out import Window, deal, shares
+from cutp.batch.hand_out import Window, deal, plan, shares
 from cutp.batch.records import Record
 from cutp.engine.sampling_params import SamplingParams
 
@@ -42,6 +42,17 @@ def test_deal(costs, data):
     assert [len(hand) for hand in hands] == counts
     assert sorted(r.index for hand in hands for r in hand) == list(range(len(records)))
     assert all(hand == sorted(hand, key=lambda r: r.index) for hand in hands)
+
+
+def test_plan():
+    assert plan(256, 0, 0.0) == (256 + 32, 0.1)
+    assert plan(256, 0, 0.1) == (256 + 32, 0.2)
+    # 100 a second: twice what it finishes in 0.8 s.
+    assert plan(256, 40, 0.4) == (256 + 160, 0.8)
+    assert plan(10, 200, 2.0) == (10 + 400, 2.0)
+    # 2000 a second: as many as may be, and meetings so often that half of them are finished in between.
+    assert plan(10, 4000, 2.0) == (10 + 1024, 0.256)
+    assert plan(10, 10**6, 0.1) == (10 + 1024, 0.1)
 
 
 def test_deal_evens_out_the_cost():

@@ -12,6 +12,7 @@ import pytest
 
 from cutp.batch import hand_out, journal
 from cutp.batch import job as job_module
+from cutp.batch import manifest as manifest_module
 from cutp.batch.attempts import OwnAttempt
 from cutp.batch.journal import Journal
 from cutp.batch.manifest import Manifest
@@ -26,8 +27,8 @@ RECORDS = 40
 
 @pytest.fixture(autouse=True)
 def quick_meetings(monkeypatch):
-    monkeypatch.setattr(job_module, "_FIRST_MEETING", 0.005)
-    monkeypatch.setattr(job_module, "_MEETING", 0.01)
+    monkeypatch.setattr(hand_out, "SHORTEST", 0.005)
+    monkeypatch.setattr(hand_out, "LONGEST", 0.01)
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ def test_longest_first(options):
 def test_records_are_read_as_they_are_needed(options, tmp_path, monkeypatch):
     """However fast an engine is, only so many records lie about; and all of them are run."""
     monkeypatch.setattr(hand_out, "WINDOW_RECORDS", 8)
-    monkeypatch.setattr(job_module, "_MOST_BACKLOG", 16)
+    monkeypatch.setattr(hand_out, "LEAST_BACKLOG", 4)
+    monkeypatch.setattr(hand_out, "MOST_BACKLOG", 16)
     monkeypatch.setattr(job_module, "EngineOptions", lambda: SimpleNamespace(max_running=8))
     write_lines(tmp_path / "in.jsonl", [{"id": f"r{i}", "prompt": f"p{i}", "max_tokens": 1} for i in range(500)])
     most = []
@@ -147,6 +149,16 @@ def test_bad_records_become_error_lines(options, tmp_path, ranks, tp):
     code, said = run(options, open_llm=None)
     assert code == 6 and "nothing is left to do: 40 of 46 records are done, 6 failed" in said
     assert len(errors(options.directory)) == 6
+
+
+def test_failures_of_earlier_starts_are_counted(options):
+    with open(options.inputs[0], "a") as file:
+        file.write("\n".join(BAD[:3]) + "\n")
+    code, said = run(options, 1, stop_at=(0, 3))
+    assert code == 75 and len(errors(options.directory)) == 3 and 0 < len(results(options.directory)) < RECORDS
+    code, said = run(options, 2)
+    assert code == 6 and "40 of 43 records done, 3 failed, 0 left" in said
+    check_complete(options)
 
 
 def test_max_fails(options):
@@ -230,7 +242,9 @@ def test_a_changed_job_is_refused(options, tmp_path):
 
 def test_what_a_changed_job_keeps():
     job = Manifest([], "m", "t", {"n": 1}, 5, 1000)
-    changed = job.changed_to(Manifest([], "m", "t", {"n": 2}, 5, 2000), 3).changed_to(job, 7)
+    changed = job.changed_to(Manifest([], "m", "t", {"n": 2}, 5, 2000), 3)
+    assert (changed.created, changed.last_change, changed.parameters) == (1000, 3, {"n": 2})
+    changed = changed.changed_to(job, 7)
     assert (changed.created, changed.last_change, changed.parameters) == (1000, 7, {"n": 1})
     assert [change["what"] for change in changed.changes] == [["n was 1 and is 2"], ["n was 2 and is 1"]]
 
@@ -322,7 +336,8 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(options, monkeypatch, ranks,
 
 
 def test_after_a_failed_write_nothing_is_written_and_the_job_ends_soon(options, monkeypatch):
-    monkeypatch.setattr(job_module, "_FIRST_MEETING", 30.0)
+    monkeypatch.setattr(hand_out, "SHORTEST", 30.0)
+    monkeypatch.setattr(hand_out, "LONGEST", 30.0)
     append, calls, steps = Journal.append, [], []
 
     def failing_once(file, value):
@@ -357,6 +372,43 @@ def test_input_that_goes_away_while_the_job_runs(options, tmp_path):
                 [{"id": f"r{i}", "prompt": f"p{i}", "max_tokens": 1} for i in range(RECORDS)])
     with pytest.raises(RequestError, match="the input has changed while the job ran"):
         run(replace(options, directory=f"{options.directory}2"), 1, open_llm=Shortening)
+
+
+def test_lines_that_are_added_while_the_job_runs_are_left_for_another(options):
+    class Lengthening(FakeLLM):
+        def __init__(self, comm, on_step):
+            super().__init__(comm, on_step)
+            with open(options.inputs[0], "a") as file:
+                file.write('{"id": "new", "prompt": "x"}\n' * 2)
+
+    assert run(options, open_llm=Lengthening)[0] == 0
+    check_complete(options)
+    with pytest.raises(RequestError, match="the id 'new' is in line 41"):
+        run(options)
+
+
+def test_a_start_that_fails_says_that_it_ended(options, monkeypatch):
+    def full(path, data):
+        raise journal.cannot_write(path, OSError(28, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "write_atomically", full)
+        with pytest.raises(OutputError, match="manifest.json cannot be written: No space"):
+            run(options, 2)
+    assert "No space" in json_lines(options, "attempt-1.jsonl")[1]["error"]
+    assert run(options)[0] == 0
+
+
+def test_the_others_wait_for_the_input_as_long_as_it_takes(options, monkeypatch):
+    prepare = job_module.prepare_job
+
+    def slow(*args):
+        time.sleep(1.0)
+        return prepare(*args)
+
+    monkeypatch.setattr(job_module, "prepare_job", slow)
+    monkeypatch.setenv("CUTP_COMM_TIMEOUT", "0.4")
+    assert run(options, 2)[0] == 0
 
 
 @pytest.mark.parametrize("error", [CheckpointError, CapacityError])

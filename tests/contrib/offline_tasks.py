@@ -20,12 +20,8 @@ _BEGINNINGS = ["Once upon a time", "The wolf said:", "There was a poor man who h
 
 def _documents(**columns):
     """A function that gives the harness its data, as one split."""
-    def load(**_):
-        from datasets import Dataset
-
-        return {"test": Dataset.from_dict(columns)}
-
-    return load
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return lambda **_: {"test": rows}
 
 
 
