@@ -98,8 +98,9 @@ class _Loop:
         token_text = None if llm.tokenizer is None else lambda token: llm.tokenizer.decode([token], False)
         self._worker = ReplicaWorker(llm, ResultWriter(options.model, facts.created, token_text), results, errors)
         self._window = Window(job.read_records(self._bad_line)) if job is not None else None
-        self._max_running = EngineOptions().max_running
-        self._target, self._between = plan(self._max_running, 0, 0.0)
+        # Requests that run at once: a guess, until some had to wait.
+        self._slots = EngineOptions().max_running
+        self._target, self._between = plan(self._slots, 0, 0.0)
         self._finished = 0
         self._counts = JobCounts(facts.done, facts.settled, facts.pending)
         self._rates, self._job_rates, self._job_tokens = Rates(), Rates(), (0, 0)
@@ -158,9 +159,9 @@ class _Loop:
         if self._is_first:
             finished, self._finished = worker.done + worker.failed - self._finished, worker.done + worker.failed
             stats = self._llm.stats()
+            self._slots = stats["running"] if stats["waiting"] else max(self._slots, stats["running"])
             state |= {"outstanding": worker.outstanding, "done": worker.done, "failed": worker.failed,
-                      "finished": finished, "slots": stats["running"] if stats["waiting"] else self._max_running,
-                      "prompt_tokens": stats["prompt_tokens"],
+                      "finished": finished, "slots": self._slots, "prompt_tokens": stats["prompt_tokens"],
                       "generated_tokens": stats["generated_tokens"]}
         return state
 

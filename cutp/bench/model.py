@@ -13,6 +13,7 @@ from cutp.engine.core import EngineCore
 from cutp.engine.llm import LLM
 from cutp.engine.request import Request
 from cutp.engine.sampling_params import SamplingParams
+from cutp.errors import RequestError
 
 _GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ignore_eos=True, min_tokens=0,
                          repetition_penalty=1.0)
@@ -98,8 +99,11 @@ def _run(core: EngineCore, vocab: int, prompt_len: int, gen_len: int, batch: int
          seed: int) -> tuple[float, list[float]]:
     """Seconds of the prefill, and of each step in which all requests decode."""
     rng = np.random.default_rng(seed)
-    params = SamplingParams(**{**_GREEDY.to_dict(), "max_tokens": gen_len})
-    requests = [Request(index, index, None, rng.integers(0, vocab, prompt_len).tolist(), prompt_len + gen_len, params,
+    # The first prompts go on generating while the last ones are still computed.
+    ahead = -(-batch * prompt_len // core.scheduler.max_batch_tokens) + 1
+    most = min(core.scheduler.max_len - prompt_len, ahead + gen_len)
+    params = SamplingParams(**{**_GREEDY.to_dict(), "max_tokens": most})
+    requests = [Request(index, index, None, rng.integers(0, vocab, prompt_len).tolist(), prompt_len + most, params,
                         share_prefix=False) for index in range(batch)]
     for request in requests:
         core.add(request)
@@ -108,10 +112,14 @@ def _run(core: EngineCore, vocab: int, prompt_len: int, gen_len: int, batch: int
         core.step()
     prefill = time.perf_counter() - begin
     steps = []
-    while core.has_work:
-        full = all(request.finish_reason is None for request in requests)
+    while len(steps) < gen_len - 1 and all(request.finish_reason is None for request in requests):
         start = time.perf_counter()
         core.step()
-        if full:
-            steps.append(time.perf_counter() - start)
+        steps.append(time.perf_counter() - start)
+    for request in requests:
+        if request.finish_reason is None:
+            core.cancel(request)
+    if not steps:
+        raise RequestError(f"{batch} prompts of {prompt_len} tokens never decode together",
+                           hint="allow longer requests (--max-len), or measure a smaller batch")
     return prefill, steps

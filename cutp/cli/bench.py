@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     with world() as comm, shape_directory(args.shape, args.layers) as directory:
         if directory is not None:
             args.model, args.random_weights = directory, True
-        longest = max(args.prompt_len) + args.gen_len
         if args.max_len is None and args.shape is not None:
-            args.max_len = longest
+            # A short cache beyond what is measured, for requests that generate while others are still prefilled.
+            args.max_len = max(args.prompt_len) + args.gen_len + 64 + max(args.batch)
         with open_llm(args, comm, random_weights=args.random_weights) as llm:
             phases = start_up(llm, begin)
             limits = bench.limits(llm)

@@ -104,6 +104,15 @@ class Communicator:
         return self._transport.hosts
 
     @property
+    def timeout(self) -> float:
+        """Seconds that this rank waits for another; may be set, alike on all ranks, for this communicator alone."""
+        return self._transport.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._transport.timeout = seconds
+
+    @property
     def closed(self) -> bool:
         return self._transport.closed
 

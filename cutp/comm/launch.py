@@ -37,6 +37,12 @@ def launcher_size() -> int | None:
     return found[0] if found else None
 
 
+def launcher_trace() -> str | None:
+    """The variable that `launcher_size` comes from, as "NAME=VALUE"; None if there is none."""
+    found = _size_and_variable()
+    return f"{found[1]}={os.environ[found[1]]}" if found else None
+
+
 def launcher_rank() -> int | None:
     """This process's rank as the launcher numbers it; None if there is none. Does not touch MPI."""
     for _, _, variable in _LAUNCHERS:

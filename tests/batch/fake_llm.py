@@ -25,6 +25,7 @@ class FakeLLM:
     """
 
     tokenizer = None
+    max_running = 10**6
 
     def __init__(self, comm, on_step=lambda number: None):
         self._comm = comm
@@ -52,11 +53,12 @@ class FakeLLM:
         self._on_step(self._steps)
         self._comm.host.barrier()
         self._steps += 1
-        self._generated += len(self._open)
+        running = self._open[: self.max_running]
+        self._generated += len(running)
         events = []
-        for row in self._open:
+        for row in running:
             row[4] += 1
-        for request_id, prompt, params, sample, steps in self._open:
+        for request_id, prompt, params, sample, steps in running:
             output = None
             if steps >= params.max_tokens:
                 text = f"{prompt} {params.seed} {sample}"
@@ -71,8 +73,9 @@ class FakeLLM:
         return bool(self._open)
 
     def stats(self):
-        return {"prompt_tokens": 2 * len(self.added), "generated_tokens": self._generated, "running": len(self._open),
-                "waiting": 0}
+        return {"prompt_tokens": 2 * len(self.added), "generated_tokens": self._generated,
+                "running": min(len(self._open), self.max_running),
+                "waiting": max(0, len(self._open) - self.max_running)}
 
     def __enter__(self):
         return self

@@ -88,6 +88,41 @@ def test_records_are_read_as_they_are_needed(options, tmp_path, monkeypatch):
     assert max(most) <= 8 + 16 and len(most) > 500 / 24
 
 
+def test_an_engine_that_runs_fewer_gets_fewer(options, tmp_path, monkeypatch):
+    class Narrow(FakeLLM):
+        max_running = 3
+
+    monkeypatch.setattr(hand_out, "LEAST_BACKLOG", 4)
+    monkeypatch.setattr(hand_out, "MOST_BACKLOG", 4)
+    monkeypatch.setattr(job_module, "EngineOptions", lambda: SimpleNamespace(max_running=50))
+    write_lines(tmp_path / "in.jsonl", [{"id": f"r{i}", "prompt": f"p{i}", "max_tokens": 2} for i in range(200)])
+    llms, most = {}, []
+    assert run(options, open_llm=Narrow, llms=llms, on_step=lambda rank, n: most.append(len(llms[0]._open)))[0] == 0
+    check_complete(options, 200)
+    # The first share is a guess; once the engine has been seen it gets what it runs and the backlog.
+    assert most[0] == 54 and max(most[54 // 3 * 2 + 2:]) <= 3 + 4
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="finds the names of open files in /proc")
+def test_lines_are_forced_to_disk(options, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def counting(fd):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    with open(options.inputs[0], "a") as file:
+        file.write(BAD[0] + "\n")
+    monkeypatch.setattr(os, "fsync", counting)
+    run(options, 2)
+    for name in ("part-0.1.jsonl", "part-1.1.jsonl", "errors.0.1.jsonl", "metrics.1.1.jsonl"):
+        assert synced.count(name) == 1
+    synced.clear()
+    monkeypatch.setattr(job_module, "_SYNC_SECONDS", 0.0)
+    run(replace(options, directory=f"{options.directory}2"), on_step=lambda rank, number: time.sleep(0.01))
+    assert synced.count("part-0.1.jsonl") > 1 and synced.count("errors.0.1.jsonl") == 1
+
+
 def test_metrics(options):
     run(replace(options, interval=0.001), 2)
     for replica in (0, 1):

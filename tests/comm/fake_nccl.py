@@ -8,6 +8,7 @@ of a class of their own. Collectives add in rank order, in float32 for 16-bit fl
 import contextlib
 import ctypes
 import itertools
+import math
 import queue
 import threading
 from types import SimpleNamespace
@@ -265,8 +266,8 @@ class NcclCommunicator:
                     lambda parts: sum_in_rank_order([part[mine] for part in parts], out=target))
 
     def broadcast(self, send, recv, count, dtype, root, stream):
-        source, target = (memory(send, count, _DTYPES[dtype]) for _ in range(1)), memory(recv, count, _DTYPES[dtype])
-        source = next(source) if self.rank == root else None
+        source = memory(send, count, _DTYPES[dtype]) if self.rank == root else None
+        target = memory(recv, count, _DTYPES[dtype])
         self._start(stream, lambda: (("broadcast", count, dtype, root), None if source is None else source.copy()),
                     lambda parts: target.__setitem__(slice(None), parts[root]))
 
@@ -330,7 +331,7 @@ class FakeCupy:
     """The module, for as many ranks as ask for a GPU."""
 
     def __init__(self):
-        self.gpus, self.problems = {}, []
+        self.gpus, self.problems, self.kept = {}, [], []
         self.released = threading.Event()
         runtime = SimpleNamespace(
             eventQuery=self._event_query, streamCaptureModeRelaxed=2,
@@ -364,8 +365,9 @@ class FakeCupy:
         if getattr(_thread, "allocate", None):
             _thread.allocate(1)
         dtype = np.dtype(dtype)
-        return np.frombuffer(bytearray(b"\xff" * (int(np.prod(shape)) * dtype.itemsize)), np.uint8).view(
-            dtype).reshape(shape).view(GpuArray)
+        raw = np.full(math.prod(np.atleast_1d(shape)) * dtype.itemsize, 0xFF, np.uint8)
+        self.kept.append(raw)  # CuPy's pool gives memory back in the order of the stream, Python would do so at once
+        return raw.view(dtype).reshape(shape).view(GpuArray)
 
     def device_info(self):
         gpu = _thread.gpu
@@ -385,10 +387,9 @@ class FakeCupy:
             yield _thread.gpu
 
     def upload(self, host):
-        """`host` as a device array with the same strides."""
-        host = np.asarray(host)
-        base = np.frombuffer(bytearray(host.tobytes()), host.dtype).reshape(host.shape)
-        return base.view(GpuArray)
+        """A copy of `host` as a device array."""
+        self.kept.append(copy := np.array(host, order="C"))
+        return copy.view(GpuArray)
 
     def download(self, x):
         """x on the host, once what was started on the current stream has ended."""

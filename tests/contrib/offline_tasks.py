@@ -20,9 +20,12 @@ _BEGINNINGS = ["Once upon a time", "The wolf said:", "There was a poor man who h
 
 def _documents(**columns):
     """A function that gives the harness its data, as one split."""
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return lambda **_: {"test": rows}
+    def load(**_):
+        from datasets import Dataset
 
+        return {"test": Dataset.from_dict(columns)}
+
+    return load
 
 
 TASKS = [
@@ -52,6 +55,6 @@ GENERATION = [
     ("Once upon a time", {"until": ",", "max_gen_toks": 6, "do_sample": False, "temperature": 0.7}),
     ("The wolf said", {"until": [], "max_gen_toks": 7}),
     ("Once upon a time there was a king. " * 20, {"until": [" the", " was"], "max_gen_toks": 8, "temperature": 0.0}),
-    ("<s>The end", {"max_gen_toks": 8, "until": None}),
+    ("<s>The end", {"max_new_tokens": 8}),
     ("The king", {"until": ["\n\n", ""], "max_gen_toks": 4, "repetition_penalty": 1.3}),
 ]

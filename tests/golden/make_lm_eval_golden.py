@@ -55,7 +55,7 @@ def requests(max_length: int | None) -> dict:
 def main() -> None:
     golden = {"versions": {name: version(name) for name in ("lm_eval", "transformers", "torch")}, "tasks": tasks(),
               "requests": {json.dumps(length): requests(length) for length in MAX_LENGTHS}}
-    Path(__file__).with_name("lm_eval.json").write_text(json.dumps(golden, indent=1) + "\n")
+    Path(__file__).with_name("lm_eval.json").write_text(json.dumps(golden) + "\n")
 
 
 if __name__ == "__main__":
