@@ -38,8 +38,19 @@ class CudaMemory:
         return _pinned(self._cupy, size)
 
     def upload(self, target: Any, host: np.ndarray) -> None:
-        """See `Memory.upload`; `target` is C-contiguous. `host` may change as soon as this returns."""
+        """See `Memory.upload`; `target` is C-contiguous. `host` may change as soon as this returns; pinned memory only
+        once the copy has been made.
+        """
         _copy_up(self._cupy.cuda.runtime, target, np.ascontiguousarray(host), self._stream)
+
+    def download(self, host: np.ndarray, x: Any) -> Any:
+        """See `Memory.download`."""
+        runtime, stream = self._cupy.cuda.runtime, self._stream
+        if host.nbytes:
+            runtime.memcpyAsync(host.ctypes.data, x.data.ptr, host.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+        arrived = self._cupy.cuda.Event(disable_timing=True)
+        arrived.record(stream)
+        return arrived
 
     def numpy(self, x: Any) -> np.ndarray:
         """See `Memory.numpy`."""
@@ -80,7 +91,8 @@ class CudaMemory:
             free, total = self.free_bytes()
             raise CapacityError(f"GPU {self.device} has no memory for an array of shape {shape} and dtype "
                                 f"{np.dtype(dtype).name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free",
-                                hint="use more ranks, a smaller --kv-memory, or a GPU that others do not use") from error
+                                hint="use more ranks, a smaller --kv-memory, or a GPU that others do not use"
+                                ) from error
 
 
 class CudaUploader:
@@ -90,6 +102,7 @@ class CudaUploader:
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self._pool = cupy.get_default_pinned_memory_pool()
         self._buffers = [_pinned(cupy, nbytes) for _ in range(2)]
         self._turn = 0
 
@@ -108,6 +121,7 @@ class CudaUploader:
         """See `Uploader.close`."""
         self._stream.synchronize()
         self._buffers = []
+        self._pool.free_all_blocks()  # pinned memory is of no use to others on the host
 
 
 def _pinned(cupy: Any, size: int) -> np.ndarray:

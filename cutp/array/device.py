@@ -51,7 +51,8 @@ def select_device(name: str = "auto", local_rank: int = 0) -> DeviceRef:
     if kind == "cpu" or (kind == "auto" and not cuda.has_driver()):
         return DeviceRef.CPU()
     if kind == "auto" and (reason := cuda.unavailable_reason()) is not None:
-        log.warning("running on the CPU: %s", reason)
+        if local_rank == 0:
+            log.warning("running on the CPU: %s", reason)
         return DeviceRef.CPU()
     runtime = cuda.cupy().cuda.runtime
     device = cuda.device_info(int(index) if index else local_rank % runtime.getDeviceCount())

@@ -38,6 +38,9 @@ class Memory(Protocol):
     def upload(self, target: Any, host: np.ndarray) -> None:
         """Copies `host`, of the same shape and dtype, to `target`, in the order of the current stream."""
 
+    def download(self, host: np.ndarray, x: Any) -> Download:
+        """Starts copying the C-contiguous `x` to `host`, which is pinned memory, in the order of the current stream."""
+
     def numpy(self, x: Any) -> np.ndarray:
         """`x` on the host, once all that was started before has ended."""
 
@@ -49,6 +52,13 @@ class Memory(Protocol):
 
     def uploader(self, nbytes: int) -> Uploader:
         """An uploader for the calling thread, with two buffers of `nbytes`."""
+
+
+class Download(Protocol):
+    """A copy to the host under way."""
+
+    def synchronize(self) -> None:
+        """Waits until it has arrived."""
 
 
 class Uploader(Protocol):

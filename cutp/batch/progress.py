@@ -93,6 +93,6 @@ def peak_memory() -> dict[str, int | None]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = None
     cupy: Any = sys.modules.get("cupy")
-    if cupy is not None:
+    if cupy is not None and cupy.cuda.is_available():
         device = int(cupy.get_default_memory_pool().total_bytes())
     return {"peak_host_bytes": peak, "peak_device_bytes": device}

@@ -23,7 +23,13 @@ from cutp.array.gemm import linear
 from cutp.bench.limits import Limits, normal
 from cutp.bench.timing import copies_beyond_cache, microseconds
 from cutp.ops.activation_cuda import gated_activation
-from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor, decode_attention, decode_plan, decode_workspace
+from cutp.ops.decode_attention_cuda import (
+    BLOCKS_PER_MULTIPROCESSOR,
+    decode_attention,
+    decode_plan,
+    decode_workspace,
+    splits_for_batch,
+)
 from cutp.ops.embedding_cuda import embedding
 from cutp.ops.grouped_gemm_cuda import grouped_linear
 from cutp.ops.latent_decode_cuda import (
@@ -158,10 +164,9 @@ def decode_cases() -> Iterator[Case]:
                 shapes = decode_workspace(batch, context, HEADS, KV_HEADS, HEAD_DIM)
                 plan = cupy.zeros(shapes.plan, np.int32)
                 partials, counters = cupy.empty(shapes.partials, np.float32), cupy.zeros(shapes.counters, np.uint32)
-                decode_plan(lengths, KV_HEADS, plan=plan)
+                decode_plan(lengths, KV_HEADS, target_splits=splits_for_batch(batch, KV_HEADS), plan=plan)
                 q, out = normal((batch, HEADS, HEAD_DIM)), cupy.empty((batch, HEADS, HEAD_DIM), bfloat16)
-                blocks = (cupy.cuda.Device().attributes["MultiProcessorCount"]
-                          * blocks_per_multiprocessor(HEAD_DIM, HEADS // KV_HEADS, bfloat16))
+                blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR
                 lookup_table = cupy.asarray(table.astype(np.int32))
                 return lambda: decode_attention(q, pages, lookup_table, lengths, plan, HEAD_DIM**-0.5,
                                                 partials=partials, counters=counters, blocks=blocks, out=out)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cutp import __version__
-from cutp.cli import batch, batch_merge, batch_status, bench, embed, generate, info, perplexity, score
+from cutp.cli import batch, batch_merge, batch_status, bench, doctor, embed, generate, info, perplexity, score
 from cutp.cli import eval as evaluate
 from cutp.cli.failure import exit_code_of
 
-COMMANDS = (generate, batch, batch_status, batch_merge, score, perplexity, embed, evaluate, info, bench)
+COMMANDS = (generate, batch, batch_status, batch_merge, score, perplexity, embed, evaluate, info, bench, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 usage or request, 3 model, 4 memory, 5 communication, 1 anything else;
-    `cutp batch` also with 6 (done, with error records) and 75 (stopped early, to be started again).
+    `cutp batch` also with 6 (done, with error records) and 75 (stopped early, to be started again), `cutp doctor`
+    with 7 (a check failed).
     """
     args = build_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     sys.exit(exit_code_of(args.run, args))

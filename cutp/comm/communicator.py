@@ -49,9 +49,9 @@ class Communicator:
     float16 and bfloat16 are summed in float32 and rounded once; integers wrap around. Arguments may be
     non-contiguous or empty, and are never modified. All this holds for NumPy arrays.
 
-    On device arrays (CuPy's) the same methods go through NCCL; one communicator takes both. They start their work on the
-    current CuPy stream and return at once, and may be captured in a graph after a first call that was not. `out` must be
-    C-contiguous; without it results lie in the scratch in use, else in new memory. How NCCL adds is said in
+    On device arrays (CuPy's) the same methods go through NCCL; one communicator takes both. They start their work on
+    the current CuPy stream and return at once, and may be captured in a graph after a first call that was not. `out`
+    must be C-contiguous; without it results lie in the scratch in use, else in new memory. How NCCL adds is said in
     `cutp.comm.nccl`. A failure on the GPU side is found by `wait`.
 
     Errors, of every operation: CommTimeoutError if a rank does not arrive within `CUTP_COMM_TIMEOUT` seconds,

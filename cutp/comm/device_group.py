@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cutp.array.device import DeviceRef
+from cutp.array.scratch import on_device
 from cutp.comm.collectives import Pending, sum_in_rank_order
 from cutp.comm.communicator import Communicator
 from cutp.errors import ConfigError
@@ -79,16 +80,25 @@ class DeviceGroup(Sequence[DeviceRef]):
         total = sum_in_rank_order(xs)
         return [total] * len(xs)
 
-    def all_reduce_async(self, xs: list[np.ndarray]) -> PendingSum:
-        """Starts `all_reduce` and returns at once; `wait()` gives its result. `xs` must not change before that."""
+    def all_reduce_async(self, xs: list[np.ndarray], out: np.ndarray | None = None) -> PendingSum:
+        """Starts `all_reduce` and returns at once; `wait()` gives its result. `xs` must not change before that.
+
+        out: like xs[0]; receives the sum, which is then the result for every local shard.
+        """
         self._check(xs)
         if self.comm is not None:
-            return PendingSum(self.comm.all_reduce_async(xs[0]))
-        return PendingSum(None, self.all_reduce(xs))
+            return PendingSum(self.comm.all_reduce_async(xs[0], out=out))
+        sums = self.all_reduce(xs)
+        if out is None:
+            return PendingSum(None, sums)
+        out[...] = sums[0]
+        return PendingSum(None, [out] * len(xs))
 
     def all_gather(self, xs: list[np.ndarray], axis: int = -1) -> list[np.ndarray]:
         """The shards joined along `axis` in rank order, once for every local shard; sizes may differ."""
         self._check(xs)
+        if self.size == 1:
+            return [xs[0]]
         if self.comm is not None:
             return [self.comm.all_gather(xs[0], axis=axis)]
         return [np.concatenate(xs, axis=axis)] * len(xs)
@@ -98,6 +108,9 @@ class DeviceGroup(Sequence[DeviceRef]):
             raise ConfigError(f"{len(xs)} arrays were given for {len(self.local_ranks)} local shards")
         if self.comm is None and len(self.local_ranks) != self.size:
             raise ConfigError("a planned device group has no peers to communicate with")
+        if self.comm is None and self.size > 1 and any(on_device(x) for x in xs):
+            raise ConfigError(f"a process computes on one GPU, but this device group has {self.size} shards in one",
+                              hint="start one rank a GPU, for example with mpirun, and pass a communicator")
 
 
 class PendingSum:

@@ -13,7 +13,7 @@ from cutp.errors import DeviceMappingError
 
 @dataclass(frozen=True)
 class Placement:
-    """A rank's device, and how many ranks use that device."""
+    """A rank's device, and how many ranks use it if it is a GPU."""
 
     device: DeviceRef
     sharers: int = 1
@@ -33,6 +33,8 @@ def place_rank(name: str, comm: Communicator) -> Placement:
     found = comm.host.all_gather_json([uuid, device.id, share])
     facts = [(host, uuid, index) for host, (uuid, index, _) in zip(comm.hosts, found, strict=True)]
     check_mapping(facts, all(share for *_, share in found))
+    if uuid is None:
+        return Placement(device)
     return Placement(device, sum(fact[:2] == (comm.hosts[comm.rank], uuid) for fact in facts))
 
 

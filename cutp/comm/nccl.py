@@ -9,8 +9,8 @@ NCCL itself would hang or mix up data. A captured graph makes its calls unchecke
 Sums. NCCL adds in the dtype of the arrays, 16-bit floats with a rounding after every addition, in an order that it
 chooses by the size of the array and the number of ranks. All ranks get the same bits, and the same call gives the same
 bits again. Two ranks get the bits of the host's contract (sum in float32 in rank order, rounded once), because one
-addition is rounded once and float32 holds more than twice the bits of the 16-bit types. More ranks do not: each of n - 1
-additions is rounded. Integers are exact.
+addition is rounded once and float32 holds more than twice the bits of the 16-bit types. More ranks do not: each of
+n - 1 additions is rounded. Integers are exact.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class NcclCollectives:
         agreed = sizes is None
         sizes = self._sizes(x, axis) if sizes is None else tuple(int(n) for n in sizes)
         if len(sizes) != t.size or sizes[t.rank] != x.shape[axis]:
-            raise ConfigError(f"all_gather: sizes are {sizes} on {t.size} ranks, but x has {x.shape[axis]} on axis {axis}")
+            raise ConfigError(
+                f"all_gather: sizes are {sizes} on {t.size} ranks, but x has {x.shape[axis]} on axis {axis}")
         out = _result(out, _with(x.shape, axis, sum(sizes)), x.dtype, "all_gather")
         if t.size == 1:
             return _copied(x, out)

@@ -219,17 +219,18 @@ class NcclLink:
         comm, self._comm = self._comm, None
         # If it does not return, its thread holds the communicator, whose finaliser would wait as well.
         if comm is not None and not self._start(comm.abort).wait(_ABORT_SECONDS):
-            log.warning("NCCL could not be aborted within %.0f s on %s", _ABORT_SECONDS, self._where())
+            log.warning("NCCL could not be aborted within %.1f s on %s", _ABORT_SECONDS, self._where())
 
     # -- end -------------------------------------------------------------------------------------------
 
-    def close(self, limit: float = _LEAVE_SECONDS) -> None:
+    def close(self, limit: float | None = None) -> None:
         """Leave: graphs that hold calls are closed once what was started has ended, then NCCL's communicator is
         destroyed; after a failure it is aborted. Needs no peers, never waits long, never raises; may be called again.
         """
         if self._closed:
             return
         self._closed = True
+        limit = _LEAVE_SECONDS if limit is None else limit
         _links.discard(self)
         if self._comm is not None and not self._has_ended(limit):
             self.abort()
@@ -239,13 +240,13 @@ class NcclLink:
             self.abort()
         comm, self._comm = self._comm, None
         if comm is not None and not self._start(comm.destroy).wait(limit):
-            log.warning("NCCL's communicator could not be destroyed within %.0f s on %s", limit, self._where())
+            log.warning("NCCL's communicator could not be destroyed within %.1f s on %s", limit, self._where())
         self._streams.clear()
 
     def _has_ended(self, limit: float) -> bool:
         """Whether all that was started ended well, within `limit` seconds."""
         t = self._transport
-        with suppress(CutpError, RuntimeError):
+        with suppress(CutpError, RuntimeError), self._device():
             deadline = time.monotonic() + min(limit, t.timeout)
             return not t.failed and all(
                 self._poll(stream, deadline - time.monotonic()) == 0 for stream in self._streams.values()
@@ -255,7 +256,11 @@ class NcclLink:
     # -- threads that may be given up ------------------------------------------------------------------
 
     def _start(self, work: Callable[[], Any]) -> _Task:
-        return _Task(work, lambda: self._cupy.cuda.Device(self._card["index"]).use())
+        return _Task(work, self._device)
+
+    def _device(self) -> Any:
+        """This rank's GPU; in `with` it is the current one, whatever thread this is."""
+        return self._cupy.cuda.Device(self._card["index"])
 
     def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
         """work(), given up when a peer fails or the deadline passes."""
@@ -277,15 +282,15 @@ class NcclLink:
                                  rank=t.rank, hint=_LOG_HINT))
 
     def _where(self) -> str:
-        card = self._card
-        return f"GPU {card['index']} ({card['name']}, {card['card']}) of host {self._transport.hosts[self._transport.rank]}"
+        t = self._transport
+        return f"{_name(self._card)} of host {t.hosts[t.rank]}"
 
 
 class _Task:
     """A call in a thread of its own, on the same GPU, which the process does not wait for at its end."""
 
-    def __init__(self, work: Callable[[], Any], prepare: Callable[[], Any]):
-        self._work, self._prepare = work, prepare
+    def __init__(self, work: Callable[[], Any], device: Callable[[], Any]):
+        self._work, self._device = work, device
         self._done = threading.Event()
         self._value: Any = None
         self._error: BaseException | None = None
@@ -293,8 +298,8 @@ class _Task:
 
     def _run(self) -> None:
         try:
-            self._prepare()
-            self._value = self._work()
+            with self._device():
+                self._value = self._work()
         except BaseException as error:
             self._error = error
         finally:
@@ -331,12 +336,16 @@ def _check_cards(transport: Transport, cards: Sequence[dict[str, Any]]) -> None:
         for other in range(rank):
             if (hosts[other], cards[other]["card"]) == (hosts[rank], card["card"]):
                 raise ConfigError(
-                    f"{transport.names([other, rank])} use the same GPU {card['index']} ({card['name']}, {card['card']})",
-                    hint="start no more ranks on a node than it has GPUs, and let every rank see its own or all of them")
+                    f"{transport.names([other, rank])} use the same {_name(card)}",
+                    hint="start no more ranks on a node than it has GPUs; let every rank see its own or all of them")
         if card["nccl"] != cards[0]["nccl"]:
             raise ConfigError(
                 f"{transport.names([0])} has NCCL {cards[0]['nccl']} and {transport.names([rank])} NCCL {card['nccl']}",
                 hint="install the same NCCL everywhere, and see that LD_LIBRARY_PATH names no other")
+
+
+def _name(card: dict[str, Any]) -> str:
+    return f"GPU {card['index']} ({card['name']}, {card['card']})"
 
 
 def _unique_id(nccl: Any) -> bytes:

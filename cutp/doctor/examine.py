@@ -12,12 +12,11 @@ from cutp.comm.communicator import Communicator
 from cutp.doctor.check import Check, Job
 from cutp.doctor.deadline import HungError, within
 from cutp.doctor.report import FAIL, Finding, Report, by_value, fail, ranks_text, warn
-from cutp.errors import CommError, CutpError
+from cutp.errors import CommError, CutpError, PeerFailedError
 
 # How much longer a collective check may take than its communicator waits: the time to say what happened.
 _LAST_WORDS_SECONDS = 10.0
 _HUNG = "hung"
-_GPU = "gpu"
 
 
 def examine(
@@ -27,14 +26,16 @@ def examine(
     """The report on the job of `comm`; collective, and the same on all ranks. Raises no errors of checks.
 
     timeout: seconds that a check may take on a rank. say: called with each finding as soon as it is there.
-    found: what is known already; checks of the same names are not run.
+    found: what is known already, the same on all ranks; checks of the same names are not run.
     """
     began = time.monotonic()
     report = Report(comm.hosts, list(found))
+    usual = comm.timeout
     # A rank may come that much later than the others: after a check that hung there.
     comm.timeout = 2 * timeout + 2 * _LAST_WORDS_SECONDS
     job = Job(comm)
-    failed = {finding.name for finding in found if finding.status == FAIL}
+    # What must not be built upon -> the check that found out.
+    failed = {finding.name: finding.name for finding in found if finding.status == FAIL}
     known = {finding.name for finding in found}
     for check in checks:
         if check.name in known:
@@ -49,27 +50,27 @@ def examine(
         if finding is None:
             continue
         if finding.status == FAIL:
-            failed.add(check.name)
+            failed[check.name] = check.name
         if hung:
             report.stuck = True
             # What hung may hold a lock of the driver, in which every later check would hang as well.
-            failed.update((check.name, *check.needs))
+            failed.update(dict.fromkeys(check.needs, check.name))
         report.findings.append(finding)
         say(finding)
         if report.broken:
             break
+    comm.timeout = usual
     report.seconds = time.monotonic() - began
     return report
 
 
-def _examine_one(job: Job, check: Check, timeout: float, failed: set[str]) -> tuple[Finding | None, bool]:
+def _examine_one(job: Job, check: Check, timeout: float, failed: dict[str, str]) -> tuple[Finding | None, bool]:
     """(the finding, None if there is nothing to check; whether some rank hangs). CommError if ranks are missing."""
     if not check.applies(job):
         return None, False
-    missing = [name for name in check.needs if name in failed]
-    if missing:
-        return warn(check.name, f"not checked, because of what was found about {missing[0]}",
-                    f"mend {missing[0]} first"), False
+    cause = next((failed[name] for name in check.needs if name in failed), None)
+    if cause is not None:
+        return warn(check.name, f"not checked, because of what was found about {cause}", f"mend {cause} first"), False
     if check.collective:
         job.group = job.comm.split(0)
         job.group.timeout = timeout
@@ -111,7 +112,7 @@ def _probed(job: Job, check: Check, timeout: float) -> dict[str, Any]:
         if group is not None:
             group.fail(error)  # so that the others do not wait for this rank
         if isinstance(error, CutpError):
-            return {"error": error.message, "fix": error.hint}
+            return {"error": error.message, "fix": error.hint, "of_peer": isinstance(error, PeerFailedError)}
         if isinstance(error, HungError):
             return {"error": str(error), _HUNG: True,
                     "fix": "--timeout sets the limit in seconds; see what this host is waiting for"}
@@ -122,7 +123,7 @@ def _not_probed(name: str, answers: list[dict[str, Any]]) -> Finding:
     """The FAIL for ranks whose probes raised or hung."""
     bad = [rank for rank, answer in enumerate(answers) if "facts" not in answer]
     # What the others say of a rank that failed adds nothing to what it says itself.
-    own = [rank for rank in bad if not str(answers[rank]["error"]).startswith("failed on host")] or bad
+    own = [rank for rank in bad if not answers[rank].get("of_peer")] or bad
     groups = by_value([answers[rank]["error"] for rank in own])
     texts = [f"{ranks_text(own[index] for index in where)}: {text}" for text, where in groups.items()]
     fixes = list(dict.fromkeys(answers[rank]["fix"] for rank in own if answers[rank]["fix"]))

@@ -24,7 +24,8 @@ def judge_ranks(job: Job, facts: list[dict[str, Any]]) -> Finding:
         rank = odd[0]
         return warn(name, f"{text}. MPI counts {facts[rank]['local_size']} ranks on the node of rank {rank}, the host "
                     f"names {len(hosts[job.hosts[rank]])}: ranks may choose the same GPU",
-                    "give every node its own host name, and do not hide ranks of a node from each other in containers", odd)
+                    "give every node its own host name, and do not hide ranks of a node from each other in containers",
+                    odd)
     crowded = {host: ranks for host, ranks in hosts.items() if len(ranks) > len(_union(facts, ranks))}
     if crowded:
         host, ranks = next(iter(crowded.items()))
@@ -63,9 +64,11 @@ def judge_affinity(job: Job, facts: list[int]) -> Finding:
                     "bind each rank to cores of its own (mpirun --bind-to core, srun --cpu-bind=cores) or none at all",
                     sharing)
     if single:
-        return warn(name, f"{ranks_text(single)} may use one core only, of {facts[single[0]]}: on the CPU that is slow, and "
-                    "reading weights waits for it", "mpirun --bind-to none, or srun --cpus-per-task=N", single)
+        return warn(name, f"{ranks_text(single)} may use only one of {facts[single[0]]} cores: models on the CPU and "
+                    "reading weights are slow", "mpirun --bind-to none, or srun --cpus-per-task=N", single)
     hosts = job.ranks_of_host().values()
+    if job.size == 1:
+        return ok(name, f"the rank may use {len(ranks_facts[0]['cores'])} of {facts[0]} cores")
     bound = all(len({frozenset(ranks_facts[rank]["cores"]) for rank in ranks}) == len(ranks) for ranks in hosts)
     return ok(name, "each rank has cores of its own" if bound else "the ranks of a host share all its cores")
 
@@ -132,16 +135,16 @@ def judge_limits(job: Job, facts: list[dict[str, Any]]) -> Finding:
         return [rank for rank, fact in enumerate(facts) if fact[key] is not None and fact[key] < least]
 
     if ranks := below("files", _OPEN_FILES):
-        return warn(name, f"{facts[ranks[0]]['files']} open files are allowed on {ranks_text(ranks)}, too few for a large "
-                    "checkpoint and many connections", f"ulimit -n {4 * _OPEN_FILES}", ranks)
+        return warn(name, f"{facts[ranks[0]]['files']} open files are allowed on {ranks_text(ranks)}, too few for a "
+                    "large checkpoint and many connections", f"ulimit -n {4 * _OPEN_FILES}", ranks)
     if job.size > 1 and (ranks := below("shared", _SHARED_MEMORY)):
-        return warn(name, f"{facts[ranks[0]]['shared'] >> 20} MB are free in /dev/shm on {ranks_text(ranks)}, through which "
-                    "MPI and NCCL move data inside a host", "docker run --shm-size=1g or --ipc=host; or clear /dev/shm",
-                    ranks)
+        return warn(name, f"{facts[ranks[0]]['shared'] >> 20} MB are free in /dev/shm on {ranks_text(ranks)}, through "
+                    "which MPI and NCCL move data inside a host",
+                    "docker run --shm-size=1g or --ipc=host; or clear /dev/shm", ranks)
     if len(job.ranks_of_host()) > 1 and (ranks := below("locked", _LOCKED_MEMORY)):
-        return warn(name, f"{facts[ranks[0]]['locked'] >> 10} kB may be locked in memory on {ranks_text(ranks)}, which keeps "
-                    "NCCL and MPI from using InfiniBand", "ulimit -l unlimited in the job; ask the site if that is refused",
-                    ranks)
+        return warn(name, f"{facts[ranks[0]]['locked'] >> 10} kB may be locked in memory on {ranks_text(ranks)}, which "
+                    "keeps NCCL and MPI from using InfiniBand",
+                    "ulimit -l unlimited in the job; ask the site if that is refused", ranks)
     files = min((fact["files"] for fact in facts if fact["files"] is not None), default=None)
     shared = min((fact["shared"] for fact in facts if fact["shared"] is not None), default=None)
     return ok(name, f"{files or 'unlimited'} open files"

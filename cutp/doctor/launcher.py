@@ -33,8 +33,8 @@ def judge_launcher(job: Job, facts: list[dict[str, Any]]) -> Finding:
     wrong = [rank for rank, fact in enumerate(facts) if fact["size"] is not None and fact["size"] != job.size]
     if wrong:
         return fail(name, f"the launcher started {facts[wrong[0]]['size']} ranks ({facts[wrong[0]]['trace']}), but MPI "
-                    f"connects {job.size} of them", "launch with the mpirun that belongs to the MPI library that mpi4py "
-                    "loads; on Slurm try srun --mpi=pmix or --mpi=pmi2", wrong)
+                    f"connects {job.size} of them", "launch with the mpirun that belongs to the MPI library that "
+                    "mpi4py loads; on Slurm try srun --mpi=pmix or --mpi=pmi2", wrong)
     first = facts[0]
     through = f" over {first['interface']}" if first["interface"] else ""
     if first["size"] is not None:
@@ -42,7 +42,7 @@ def judge_launcher(job: Job, facts: list[dict[str, Any]]) -> Finding:
     if first["launched"] or job.size > 1:
         return ok(name, f"{_ranks(job.size)}{through}; the launcher does not say how many it started")
     if (first["allocation"] or "1") != "1":
-        return ok(name, f"none: one rank, inside a Slurm job of {first['allocation']} tasks (srun would start them all)")
+        return ok(name, f"none: one rank, in a Slurm job of {first['allocation']} tasks (srun would start them all)")
     return ok(name, "none: one rank (mpirun -n N cutp doctor examines N)")
 
 

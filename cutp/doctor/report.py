@@ -18,7 +18,7 @@ EXIT_FAIL = 7
 class Finding:
     """The result of one check.
 
-    fix: what to do about it, for WARN and FAIL. ranks: those it is about; none where it is about the whole job.
+    fix: what to do about it, for WARN and FAIL. ranks: those it is about; empty where it is about the whole job.
     """
 
     status: str
@@ -30,7 +30,7 @@ class Finding:
     def line(self) -> str:
         """One line, whatever the message holds."""
         fix = f". Fix: {self.fix}" if self.fix else ""
-        return " ".join(f"{self.status:<4} {self.name}: {self.message}{fix}".split())
+        return f"{self.status:<4} {' '.join(f'{self.name}: {self.message}{fix}'.split())}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "status": self.status, "message": self.message, "fix": self.fix,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from cutp.engine.sampler import Sampler
 from cutp.engine.scheduler import Chunk, Scheduler
 from cutp.engine.stats import EngineStats
 from cutp.errors import CapacityError, CutpError
+
+if TYPE_CHECKING:
+    from cutp.engine.decode_graphs import PendingTokens
 
 Event = tuple[Request, str]
 
@@ -31,6 +35,8 @@ class EngineCore:
         self.sampler = sampler
         self.comm = comm
         self.stats = EngineStats()
+        # The step that was started and whose tokens have not been taken.
+        self._ahead: PendingTokens | None = None
 
     @property
     def has_work(self) -> bool:
@@ -68,12 +74,11 @@ class EngineCore:
         try:
             with self.runner.step():
                 return self._step()
-        except CutpError:
-            self.scheduler.clear()
-            raise
         except BaseException as error:
-            self.comm.fail(error)
+            if not isinstance(error, CutpError):
+                self.comm.fail(error)
             self.scheduler.clear()
+            self._ahead = None
             raise
 
     def _step(self) -> list[Event]:
@@ -82,24 +87,48 @@ class EngineCore:
         for request in plan.admitted:
             if request.params is not None:
                 self.sampler.admit(request)
-        chunks = plan.chunks
-        layers = sorted({layer for chunk in chunks if chunk.request.states for layer in chunk.request.states.layers})
         ready = time.perf_counter()
-        tokens = self.runner.decode(chunks, self.scheduler.tables, self.sampler)
-        if tokens is not None:
-            self.scheduler.advance(chunks)
-            events = self._taken([chunk.request for chunk in chunks], tokens)
-        else:
-            hidden, states = self.runner.run(chunks, self.scheduler.tables, layers)
-            self._collect_prompts(chunks, hidden, dict(zip(layers, states, strict=True)))
-            self.scheduler.advance(chunks)
-            events = self._sample(chunks, hidden)
+        events = self._run(plan.chunks)
         for request, _ in events:
             if request.finish_reason is not None:
                 self.scheduler.finish(request)
                 self.stats.requests_finished += 1
         self.stats.count_step(plan, ready - begin, time.perf_counter() - begin)
         return events
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[Event]:
+        """Runs the chunks, or starts them where the runner works ahead of the host; events of what has ended."""
+        before, self._ahead = self._ahead, None
+        following = None
+        if before is not None:
+            following = self.runner.start_decode(chunks, self.scheduler.tables, self.sampler, before)
+        events = [] if before is None else self._arrived(before)
+        if following is None:
+            # Some of the requests may have ended with the tokens that have just arrived.
+            chunks = [chunk for chunk in chunks if chunk.request.finish_reason is None]
+            following = self.runner.start_decode(chunks, self.scheduler.tables, self.sampler) if chunks else None
+        if following is not None:
+            chunks = [chunk for chunk in chunks if chunk.request.finish_reason is None]
+            self.scheduler.advance(chunks)
+            for chunk in chunks:
+                chunk.request.expect()
+            self._ahead = following
+            return events
+        return events + self._run_now(chunks) if chunks else events
+
+    def _arrived(self, step: PendingTokens) -> list[Event]:
+        """The events of a step that was started before; requests that have ended meanwhile have none."""
+        tokens = step.tokens()
+        pairs = [(request, token) for request, token in zip(step.requests, tokens, strict=True)
+                 if request.finish_reason is None and request.ahead]
+        return self._taken([request for request, _ in pairs], [token for _, token in pairs])
+
+    def _run_now(self, chunks: Sequence[Chunk]) -> list[Event]:
+        layers = sorted({layer for chunk in chunks if chunk.request.states for layer in chunk.request.states.layers})
+        hidden, states = self.runner.run(chunks, self.scheduler.tables, layers)
+        self._collect_prompts(chunks, hidden, dict(zip(layers, states, strict=True)))
+        self.scheduler.advance(chunks)
+        return self._sample(chunks, hidden)
 
     def _collect_prompts(self, chunks: Sequence[Chunk], hidden: list[np.ndarray], states: dict) -> None:
         """Log-probabilities and hidden states of prompt tokens, for the requests that want them."""

@@ -7,11 +7,13 @@ buffer, which one copy fills; the block tables lie in another, of which only row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cutp.array.graph import Graph, capture
+from cutp.array.scratch import Download
 from cutp.engine.block_tables import BlockTables
 from cutp.engine.device_sampler import DeviceSampler, checked_tokens
 from cutp.engine.request import Request
@@ -33,8 +35,25 @@ def batch_size(count: int) -> int:
     return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
 
 
+@dataclass
+class PendingTokens:
+    """A step that was started: the next token of each of `requests`, on its way to the host."""
+
+    requests: list[Request]
+    host: np.ndarray
+    arrived: Download
+
+    def tokens(self) -> np.ndarray:
+        """int64 [B], once they have arrived."""
+        self.arrived.synchronize()
+        return checked_tokens(self.host)
+
+
 class DecodeGraphs:
     """Steps in which every request adds one token and its next one is drawn from plain logits.
+
+    A step can be started before the tokens of the one before it have arrived on the host, with the same requests in the
+    same rows: it finds them on the device.
 
     use_graphs: False runs the same launches one by one, with the same results.
     """
@@ -45,9 +64,14 @@ class DecodeGraphs:
         self._use_graphs = use_graphs
         self._rows = batch_size(max_running)
         memory = runner.memory
-        self._host = memory.pinned(sum(np.dtype(kind).itemsize for kind in _FIELDS.values()) * self._rows)
-        self._inputs = memory.empty(self._host.shape, np.uint8)
-        self._host_fields, self._fields = self._views(self._host), self._views(self._inputs)
+        size = sum(np.dtype(kind).itemsize for kind in _FIELDS.values()) * self._rows
+        # Two of each on the host: one may still be on its way while the next is filled.
+        self._hosts = [memory.pinned(size) for _ in range(2)]
+        self._host_fields = [self._views(host) for host in self._hosts]
+        self._host_tokens = [memory.pinned(8 * self._rows).view(np.int64) for _ in range(2)]
+        self._turn = 0
+        self._inputs = memory.empty(size, np.uint8)
+        self._fields = self._views(self._inputs)
         self._host_table = np.zeros((self._rows, max_pages), np.int32)
         self._table = memory.empty(self._host_table.shape, np.int32)
         self._table[...] = 0
@@ -55,15 +79,17 @@ class DecodeGraphs:
         self._buffers: dict[int, SamplingBuffers] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
 
-    @staticmethod
-    def can_run(requests: Sequence[Request], sampler: DeviceSampler) -> bool:
-        """Whether a step of these requests, one pending token each, can be replayed."""
-        return sampler.is_plain(requests)
+    def start(self, requests: Sequence[Request], tables: BlockTables,
+              before: PendingTokens | None = None) -> PendingTokens:
+        """Starts a step of these requests, one pending token each, which go into the cache.
 
-    def step(self, requests: Sequence[Request], tables: BlockTables) -> np.ndarray:
-        """The next token of each request, int64 [B]; their pending tokens go into the cache."""
-        kind = self._fill(requests, tables)
-        size = batch_size(len(requests))
+        before: the step before, of the same requests, whose tokens are the pending ones and may not have arrived.
+        """
+        self._turn = 1 - self._turn
+        kind = self._fill(requests, tables, before is not None)
+        count, size = len(requests), batch_size(len(requests))
+        if before is not None:
+            self._fields["tokens"][:count] = self._tokens[:count]
         graph = self._graphs.get((size, kind))
         if graph is not None:
             graph.launch()
@@ -72,7 +98,8 @@ class DecodeGraphs:
                 self._launch(size, kind)  # loads the kernels, and computes this step
             if self._use_graphs:
                 self._graphs[size, kind] = self._captured(size, kind)
-        return checked_tokens(self._runner.memory.numpy(self._tokens[: len(requests)]))
+        host = self._host_tokens[self._turn][:count]
+        return PendingTokens(list(requests), host, self._runner.memory.download(host, self._tokens[:count]))
 
     def close(self) -> None:
         """Gives up the graphs."""
@@ -85,15 +112,16 @@ class DecodeGraphs:
             self._launch(size, kind)
         return graph
 
-    def _fill(self, requests: Sequence[Request], tables: BlockTables) -> int:
-        """Uploads the inputs of a step; returns the kind of draw it needs."""
+    def _fill(self, requests: Sequence[Request], tables: BlockTables, tokens_follow: bool) -> int:
+        """Uploads the inputs of a step; returns the kind of draw it needs. tokens_follow: the tokens are not known."""
         count, size = len(requests), batch_size(len(requests))
-        fields, page_size = self._host_fields, self._runner.cache.params.page_size
+        fields, page_size = self._host_fields[self._turn], self._runner.cache.params.page_size
         rows = self._sampler.rows(requests)
         lengths = rows.position  # what is known, the pending token included
         table = tables.lookup_table(requests)
         last = lengths - 1
-        fields["tokens"][:count] = [request.tokens(request.length - 1, request.length)[0] for request in requests]
+        if not tokens_follow:
+            fields["tokens"][:count] = [request.tokens(request.length - 1, request.length)[0] for request in requests]
         fields["positions"][:count] = last
         fields["slots"][:count] = table[np.arange(count), last // page_size].astype(np.int64) * page_size \
             + last % page_size
@@ -106,7 +134,7 @@ class DecodeGraphs:
         # Padding: rows that are not in use for any kernel.
         for name, value in (("tokens", 0), ("positions", 0), ("slots", -1), ("kv_lengths", 0), ("temperature", -1.0)):
             fields[name][count:size] = value
-        self._runner.memory.upload(self._inputs, self._host)
+        self._runner.memory.upload(self._inputs, self._hosts[self._turn])
         self._upload_table(table)
         drawn = (rows.temperature > 0).any()
         return passes_needed(rows) if drawn else _GREEDY

@@ -11,7 +11,7 @@ import numpy as np
 from cutp.array.scratch import Memory, Scratch
 from cutp.comm.communicator import Communicator
 from cutp.engine.block_tables import BlockTables
-from cutp.engine.decode_graphs import DecodeGraphs, batch_size
+from cutp.engine.decode_graphs import DecodeGraphs, PendingTokens, batch_size
 from cutp.engine.device_sampler import DeviceSampler
 from cutp.engine.device_scores import DeviceScores
 from cutp.engine.runner import MAX_LOGITS, ModelRunner, Scored
@@ -19,7 +19,7 @@ from cutp.engine.scheduler import Chunk
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.device_batch import AttentionShape, DecodeWorkspace, RotaryTables, upload_batch
 from cutp.nn.distributed_transformer import DistributedTransformer
-from cutp.ops.decode_attention_cuda import blocks_per_multiprocessor
+from cutp.ops.decode_attention_cuda import BLOCKS_PER_MULTIPROCESSOR
 
 
 class DeviceRunner(ModelRunner):
@@ -37,8 +37,7 @@ class DeviceRunner(ModelRunner):
         self.scratch = Scratch(memory)
         self.dtype = cache.blocks[0].dtype
         self.shape = AttentionShape.of(layer.self_attn.shards[0] for layer in model.layers)
-        blocks = multiprocessors * blocks_per_multiprocessor(
-            self.shape.head_dim, self.shape.n_heads // self.shape.n_kv_heads, self.dtype)
+        blocks = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         # Captured batches are padded to their size.
         self.workspace = DecodeWorkspace(memory, self.shape, batch_size(max_running), max_pages,
                                          cache.params.page_size, blocks)
@@ -73,15 +72,16 @@ class DeviceRunner(ModelRunner):
             streams[last] = self.model.normed(hidden)[0]
         return hidden, [self.memory.numpy(streams[layer]) for layer in layers]
 
-    def decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: DeviceSampler) -> np.ndarray | None:
+    def start_decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: DeviceSampler,
+                     before: PendingTokens | None = None) -> PendingTokens | None:
         requests = [chunk.request for chunk in chunks]
-        if self._cannot_replay or any(stop - start != 1 or request.pending != 1 or request.params is None or
-                                      request.scores is not None and not request.generated
-                                      for request, start, stop in chunks) or not sampler.is_plain(requests):
+        if before is not None and before.requests != requests:
+            return None
+        if self._cannot_replay or not all(map(_adds_one_token, chunks)) or not sampler.is_plain(requests):
             return None
         if self._graphs is None:
             self._graphs = DecodeGraphs(self, sampler, *self._decode_limits)
-        return self._graphs.step(requests, tables)
+        return self._graphs.start(requests, tables, before)
 
     def close(self) -> None:
         """Gives up the captured graphs."""
@@ -100,3 +100,9 @@ class DeviceRunner(ModelRunner):
                 logits = self.logits(hidden, rows[i : i + block])
                 scored += self.scores.logprobs(logits, self.vocab_start, targets[i : i + block], top)
         return scored
+
+
+def _adds_one_token(chunk: Chunk) -> bool:
+    """Whether the chunk is the last token of a request that generates and wants nothing else of it."""
+    request, start, stop = chunk
+    return stop - start == 1 and bool(request.generated) and chunk.completes

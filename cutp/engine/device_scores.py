@@ -45,7 +45,8 @@ class DeviceScores:
                "top_ids": empty((count, top), np.int64), "top_logprobs": empty((count, top), np.float32)}
         logprobs(logits, vocab_start, self.zeros(count, np.int32), self.uploaded(targets, np.int64), self.gather,
                  parts=empty((count, slices_per_row(columns), TOP_WORD + top), np.uint64),
-                 tickets=self.zeros(count, np.uint32), records=empty((count, TOP_WORD + top), np.uint64), **out, pdl=True)
+                 tickets=self.zeros(count, np.uint32), records=empty((count, TOP_WORD + top), np.uint64), **out,
+                 pdl=True)
         values, greedy, ids, tops = (self._memory.numpy(array).tolist() for array in out.values())
         likeliest = [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in zip(ids, tops, strict=True)]
         return list(zip(values, greedy, likeliest, strict=True))

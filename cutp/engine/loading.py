@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cutp.array.cuda_memory import CudaMemory
 from cutp.array.cuda import device_info
+from cutp.array.cuda_memory import CudaMemory
 from cutp.array.device import DeviceRef
-from cutp.array.graph import Stream
 from cutp.array.dtypes import compute_dtype
+from cutp.array.graph import Stream
 from cutp.array.scratch import Memory
 from cutp.checkpoint.chat_template import ChatTemplate
 from cutp.checkpoint.checkpoint import Checkpoint
@@ -54,10 +54,11 @@ class EngineOptions:
     """Limits of an engine.
 
     max_batch_tokens: tokens of one forward pass (default 512 on the CPU, where more gains nothing, 8192 on a GPU).
-    use_graphs: whether a GPU decodes by captured graphs; the results do not depend on it. max_running: requests that run at once. kv_tokens: tokens the cache
-    holds, or kv_memory: bytes it takes on each rank, as a number or a text like "20GB"; without either it takes what is
-    useful and free. prefix_cache: whether requests with equal beginnings share their pages. random_weights: made up
-    instead of read, to measure with; the directory needs nothing but config.json.
+    max_running: requests that run at once. kv_tokens: tokens the cache holds, or kv_memory: bytes it takes on each
+    rank, as a number or a text like "20GB"; without either it takes what is useful and free. prefix_cache: whether
+    requests with equal beginnings share their pages. random_weights: made up instead of read, to measure with; the
+    directory needs nothing but config.json. use_graphs: whether a GPU decodes by captured graphs; the results do not
+    depend on it.
     """
 
     max_batch_tokens: int | None = None

@@ -9,6 +9,8 @@ from cutp.engine.prompt_wishes import PromptScores, PromptStates
 from cutp.engine.sampling_params import SamplingParams
 from cutp.engine.text_stream import TextStream
 
+UNKNOWN = -1
+
 
 @dataclass(eq=False)
 class Request:
@@ -20,8 +22,9 @@ class Request:
     tokens. share_prefix: whether pages of equal prompts may be shared (not where the rotary table depends on the
     request). cache_salt: requests share pages only under equal salts.
 
-    While it runs: cached, the tokens whose keys and values lie in its pages; slot, its row in the block tables and in
-    the sampler's arrays.
+    While it runs: ahead, whether the last generated token is UNKNOWN, as the step that draws it has only been started;
+    cached, the tokens whose keys and values lie in its pages; slot, its row in the block tables and in the sampler's
+    arrays.
     """
 
     id: int
@@ -39,6 +42,7 @@ class Request:
     cache_salt: bytes = b""
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ahead: bool = False
     cached: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -72,8 +76,20 @@ class Request:
             return self.generated[start - border : stop - border]
         return self.prompt_token_ids[start:] + self.generated[: stop - border]
 
+    def expect(self) -> None:
+        """Makes room for a token that is being drawn; `append` or `forget` follows."""
+        self.generated.append(UNKNOWN)
+        self.ahead = True
+
+    def forget(self) -> None:
+        """Takes back `expect`, if there was one."""
+        if self.ahead:
+            self.generated.pop()
+            self.ahead = False
+
     def append(self, token_id: int) -> str:
         """Takes a sampled token, sets `finish_reason` when it ends the request, returns the text that is certain."""
+        self.forget()
         self.generated.append(token_id)
         piece = ""
         if token_id in self.end_token_ids:
@@ -91,6 +107,7 @@ class Request:
 
     def cancel(self) -> str:
         """Ends the request where it is; returns the text that was held back."""
+        self.forget()
         self.finish_reason = "cancelled"
         return self._flush(cancelled=True)
 

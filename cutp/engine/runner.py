@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.ops.logprobs import target_logprobs, top_logprobs
+
+if TYPE_CHECKING:
+    from cutp.engine.decode_graphs import PendingTokens
 
 # Logits held at once while a prompt is scored: 2**24 float32 values, 64 MB, whatever the vocabulary.
 MAX_LOGITS = 1 << 24
@@ -61,9 +65,13 @@ class ModelRunner:
             streams[last] = self.model.normed(hidden)[0]
         return hidden, [streams[layer] for layer in layers]
 
-    def decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: Sampler) -> np.ndarray | None:
-        """The next token of every chunk's request, int64 [B], where this runner has a shorter way for such chunks;
-        None otherwise, and nothing is done."""
+    def start_decode(self, chunks: Sequence[Chunk], tables: BlockTables, sampler: Sampler,
+                     before: PendingTokens | None = None) -> PendingTokens | None:
+        """Starts a step that does nothing but add one token to each request, where this runner can do that ahead of
+        the host; None otherwise, and nothing is done.
+
+        before: a step that was started and whose tokens, the pending ones of `chunks`, are not known yet.
+        """
         return None
 
     def logits(self, hidden: list[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 class WeightSource(Protocol):
     """How a weight is read. A source reads what the rank's share needs, and no more than a block around it.
 
-    in_pieces: whether rows can be read by themselves for the price of those rows.
+    in_pieces: whether rows can be read by themselves for the price of those rows. Only then may they lie in the buffer.
     """
 
     in_pieces: bool
@@ -33,7 +33,7 @@ class WeightSource(Protocol):
 
     def read(self, checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None,
              buffer: np.ndarray | None = None) -> np.ndarray:
-        """The share of `weight`, or those rows of it, in any float dtype. It may lie in `buffer`, a uint8 array."""
+        """The share of `weight`, or those rows of it, in any float dtype. buffer: uint8, for the result to lie in."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cutp.nn.norm import RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import HeadSegment, ShardingStrategy, qkv_segments
-from cutp.ops.dispatch import rotary_kv_write
+from cutp.ops.dispatch import clip, joined_heads, rotary_kv_write, square_sums
 
 
 class AttentionWithRope(ShardableModule):
@@ -75,16 +75,12 @@ class AttentionWithRope(ShardableModule):
         """Queries, keys and values of this shard's heads side by side, [T, (n_heads + 2 * n_kv_heads) * head_dim],
         before norm and rotation."""
         qkv = self.qkv_proj(x)
-        if self.clip_qkv is not None:
-            # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
-            qkv = np.clip(qkv, -self.clip_qkv, self.clip_qkv).astype(x.dtype, copy=False)
-        return qkv
+        return qkv if self.clip_qkv is None else clip(qkv, self.clip_qkv)
 
     def square_sums(self, qkv: np.ndarray) -> np.ndarray:
         """What this shard adds to the sums of squares of all queries and all keys of a token, float32 [T, 2]."""
         q, k = self._queries_and_keys(qkv)
-        k_sum = self.k_norm.square_sum(k)
-        return np.concatenate([self.q_norm.square_sum(q), k_sum if self._counts_keys else np.zeros_like(k_sum)], axis=1)
+        return square_sums(q, k if self._counts_keys else None)
 
     def attended(self, layer_idx: int, qkv: np.ndarray, cache: PagedKVCache, batch: RaggedBatch,
                  square_sums: np.ndarray | None = None) -> np.ndarray:
@@ -100,7 +96,7 @@ class AttentionWithRope(ShardableModule):
                             interleaved=self.rope is not None and self.rope.interleaved)
         y = batch.attention(q, pages, self.scale, window=self.window, softcap=self.softcap,
                             sinks=None if self.sinks is None else self.sinks.value)
-        return y.reshape(y.shape[0], self.n_heads * self.head_dim)
+        return joined_heads(y, self.head_dim)
 
     def _queries_and_keys(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Views of `qkv`: [T, n_heads * head_dim] and [T, n_kv_heads * head_dim]."""

@@ -15,7 +15,12 @@ import numpy as np
 from cutp.array.scratch import Memory, scratch
 from cutp.errors import ConfigError
 from cutp.nn.rotary_embedding import RotaryEmbedding
-from cutp.ops.decode_attention_cuda import decode_attention, decode_plan, decode_workspace
+from cutp.ops.decode_attention_cuda import (
+    decode_attention,
+    decode_plan,
+    decode_workspace,
+    splits_for_batch,
+)
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.rotary_cuda import rotary_table
 
@@ -86,7 +91,8 @@ class DeviceBatch:
             self._tables[rope] = frequencies.table(rope, self, dtype)
         if self.decode_count:
             for window, plan in self.workspace.plans.items():
-                decode_plan(self.kv_lengths, self.shape.n_kv_heads, window=window, plan=plan, pdl=True)
+                decode_plan(self.kv_lengths, self.shape.n_kv_heads, window=window, plan=plan, pdl=True,
+                            target_splits=splits_for_batch(self.decode_count, self.shape.n_kv_heads))
 
     def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[Any, Any]:
         """cos and sin of every token for `rope`, float32 [T, rotary_dim / 2] each."""

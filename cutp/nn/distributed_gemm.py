@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from cutp import settings
-from cutp.comm.device_group import DeviceGroup
+from cutp.array.scratch import on_device, scratch
+from cutp.comm.device_group import DeviceGroup, PendingSum
 
 # Chunks of fewer rows lose more in the product than the overlap gains; more chunks than this gain nothing.
 _MIN_CHUNK_ROWS = 32
@@ -38,7 +40,16 @@ def matmul_allreduce(layers: Sequence[Callable[[np.ndarray], np.ndarray]], xs: S
     rows = len(xs[0])
     count = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
     bounds = [rows * i // count for i in range(count + 1)]
-    pending = [group.all_reduce_async([layer(x[start:stop]) for layer, x in zip(layers, xs, strict=True)])
-               for start, stop in zip(bounds, bounds[1:], strict=False)]
-    parts = [one.wait() for one in pending]
-    return parts[0] if count == 1 else [np.concatenate(shards) for shards in zip(*parts, strict=True)]
+    pending: list[PendingSum] = []
+    total = None
+    for start, stop in pairwise(bounds):
+        ys = [layer(x[start:stop]) for layer, x in zip(layers, xs, strict=True)]
+        if count == 1:
+            return group.all_reduce_async(ys).wait()
+        if total is None:
+            empty = scratch().empty if on_device(ys[0]) else np.empty
+            total = empty((rows, *ys[0].shape[1:]), ys[0].dtype)
+        pending.append(group.all_reduce_async(ys, out=total[start:stop]))
+    for one in pending:
+        one.wait()
+    return [total] * len(xs)

@@ -117,7 +117,7 @@ class DistributedTransformerBlock(Module):
             return self._add(xs, self._both(layer_idx, normed, caches, batch))
         attended = self.self_attn(layer_idx, normed, caches, batch)
         hs, normed = self._add_and_norm(xs, _normed(self.post_self_attn_layernorm, attended))
-        return self._add(hs, _normed(self.post_mlp_layernorm, self._feed_forward(normed)))
+        return self._add(hs, _normed(self.post_mlp_layernorm, self._feed_forward(normed, batch)))
 
     def _add_and_norm(self, xs: Sequence[np.ndarray],
                       ys: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
@@ -136,15 +136,21 @@ class DistributedTransformerBlock(Module):
         projections = [shard.o_proj for shard in self.self_attn.shards]
         if not self.overlap_down_proj:
             partial = forward_sharded_layers(projections, attended)
-            return self.group.all_reduce(_sums(partial, forward_sharded_layers(self.mlp, xs)))
+            return self.group.all_reduce(_sums(partial, self._partial_feed_forward(xs, batch)))
         activated = forward_sharded_layers([mlp.activated for mlp in self.mlp], xs)
         layers = [_side_by_side(o_proj, mlp.down_proj) for o_proj, mlp in zip(projections, self.mlp, strict=True)]
         joined = [np.concatenate(pair, axis=1) for pair in zip(attended, activated, strict=True)]
         return matmul_allreduce(layers, joined, self.group)
 
-    def _feed_forward(self, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _partial_feed_forward(self, xs: Sequence[np.ndarray], batch: RaggedBatch) -> list[np.ndarray]:
+        """Each local shard's partial sum."""
+        if not getattr(self.mlp[0], "takes_slots", False):
+            return forward_sharded_layers(self.mlp, xs)
+        return [mlp(x, batch.slots) for mlp, x in zip(self.mlp, xs, strict=True)]
+
+    def _feed_forward(self, xs: Sequence[np.ndarray], batch: RaggedBatch) -> list[np.ndarray]:
         if not self.overlap_down_proj:
-            return self.group.all_reduce(forward_sharded_layers(self.mlp, xs))
+            return self.group.all_reduce(self._partial_feed_forward(xs, batch))
         activated = forward_sharded_layers([mlp.activated for mlp in self.mlp], xs)
         return matmul_allreduce([mlp.down_proj for mlp in self.mlp], activated, self.group)
 

@@ -15,10 +15,17 @@ from cutp.nn.module import Module, ShardableModule
 from cutp.nn.moe_router import Router
 from cutp.nn.sharding import OwnerSegment, ShardingStrategy
 from cutp.nn.storage import Padding, storage
-from cutp.ops.activation import activation, activation_name, clamped_swiglu, gated_activation
-from cutp.ops.moe import combine_experts, expert_rows, grouped_linear
-from cutp.ops.residual import residual_add
-from cutp.ops.rounding import as_float32, store
+from cutp.ops.activation import activation_name
+from cutp.ops.dispatch import (
+    activation,
+    clamped_swiglu,
+    combine_experts,
+    expert_rows,
+    gated_activation,
+    grouped_linear,
+    residual_add,
+    scale_rows,
+)
 
 
 class MoE(ShardableModule):
@@ -30,7 +37,10 @@ class MoE(ShardableModule):
 
     A shard's result is a partial sum over ranks: usable as the `mlp` of a block. Accepts the strategies replicate,
     tensor_parallel and expert_parallel; the attribute `expert_parallel` tells a block which of the last two to use.
+    takes_slots tells it that a call may be given the slots of the tokens, see `Router`.
     """
+
+    takes_slots = True
 
     def __init__(self, gate: Router, experts: Experts, *, shared_experts: MLP | None = None,
                  shared_expert_gate: Linear | None = None, expert_parallel: bool | None = None):
@@ -43,15 +53,14 @@ class MoE(ShardableModule):
         self.shared_experts, self.shared_expert_gate = shared_experts, shared_expert_gate
         self.expert_parallel = settings.moe() == "expert" if expert_parallel is None else expert_parallel
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, slots: np.ndarray | None = None) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; a partial sum when this is a shard."""
-        y = self.routed(x, *self.gate(x))
+        y = self.routed(x, *self.gate(x, slots))
         if self.shared_experts is None:
             return y
         shared = self.shared_experts(x)
         if self.shared_expert_gate is not None:
-            share = activation(self.shared_expert_gate(x), "sigmoid")
-            shared = store(as_float32(share) * as_float32(shared), shared.dtype, None)
+            shared = scale_rows(shared, activation(self.shared_expert_gate(x), "sigmoid"))
         return residual_add(y, shared)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
@@ -110,13 +119,13 @@ class Experts(ShardableModule):
         if self._stacked is None:
             self.materialize()
         gate_up, gate_up_bias, down, down_bias = self._stacked
-        rows = expert_rows(experts, self._first, self._count)
-        y = grouped_linear(x, gate_up, rows.offsets, gate_up_bias, tokens=rows.tokens)
+        rows, share = expert_rows(experts, self._first, self._count), self._count / self.num_experts
+        y = grouped_linear(x, gate_up, rows, gate_up_bias, gather=True, share=share)
         if self.swiglu_alpha is None:
             y = gated_activation(y, self.activation, limit=self.swiglu_limit)
         else:
             y = clamped_swiglu(y, alpha=self.swiglu_alpha, limit=self.swiglu_limit)
-        return combine_experts(grouped_linear(y, down, rows.offsets, down_bias), rows.positions, weights)
+        return combine_experts(grouped_linear(y, down, rows, down_bias, share=share), rows.positions, weights)
 
     def materialize(self) -> None:
         """Makes the buffers; weights that already have data move into them."""

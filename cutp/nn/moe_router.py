@@ -6,16 +6,16 @@ import numpy as np
 
 from cutp.nn.module import ShardableModule, Weight
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.moe import grouped_linear
-from cutp.ops.moe_routing import check_groups, check_top_k, route_group_limited, route_softmax, route_top_k_softmax
-from cutp.ops.rounding import as_float32
+from cutp.ops.dispatch import linear_by_row, route
+from cutp.ops.moe_routing import check_groups, check_top_k
 
 
 class Router(ShardableModule):
     """What all routers share: logits x W^T + b, with weight [num_experts, hidden] and bias [num_experts].
 
-    Calling one gives experts int32 [T, top_k] and weights float32 [T, top_k], see `cutp.ops.moe_routing`. ConfigError
-    unless 1 <= top_k <= num_experts.
+    Calling one gives experts int32 [T, top_k] and weights float32 [T, top_k], see `cutp.ops.moe_routing`. slots: of the
+    tokens in the cache; on a device, one with a negative slot is padding and gets no experts. ConfigError unless
+    1 <= top_k <= num_experts.
     """
 
     def __init__(self, hidden_dim: int, num_experts: int, top_k: int, dtype: np.dtype, *, has_bias: bool = False):
@@ -24,14 +24,13 @@ class Router(ShardableModule):
         self.weight = Weight((num_experts, hidden_dim), dtype)
         self.bias = Weight((num_experts,), dtype) if has_bias else None
 
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, x: np.ndarray, slots: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """x [T, hidden] -> (experts, weights)."""
         raise NotImplementedError
 
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        """[T, num_experts] in the dtype of `x`; a token's are the same bits in every batch."""
-        bias = None if self.bias is None else self.bias.value[None]
-        return grouped_linear(x, self.weight.value[None], np.array([0, len(x)], np.int32), bias)
+    def logits(self, x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+        """[T, num_experts] in `dtype` (default: that of `x`); a token's are the same bits in every batch."""
+        return linear_by_row(x, self.weight.value, None if self.bias is None else self.bias.value, dtype)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.is_replicate
@@ -52,15 +51,15 @@ class SoftmaxRouter(Router):
         super().__init__(hidden_dim, num_experts, top_k, dtype, has_bias=has_bias)
         self.renormalize = renormalize
 
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return route_softmax(self.logits(x), self.top_k, renormalize=self.renormalize)
+    def __call__(self, x: np.ndarray, slots: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return route("route_softmax", self.logits(x), top_k=self.top_k, slots=slots, renormalize=self.renormalize)
 
 
 class TopKSoftmaxRouter(Router):
     """Softmax over the top_k logits alone (GptOss)."""
 
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return route_top_k_softmax(self.logits(x), self.top_k)
+    def __call__(self, x: np.ndarray, slots: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return route("route_top_k_softmax", self.logits(x), top_k=self.top_k, slots=slots)
 
 
 class GroupLimitedRouter(Router):
@@ -79,7 +78,7 @@ class GroupLimitedRouter(Router):
         self.renormalize, self.scaling = renormalize, scaling
         self.e_score_correction_bias = Weight((num_experts,), np.dtype(np.float32))
 
-    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return route_group_limited(self.logits(as_float32(x)), self.e_score_correction_bias.value, self.top_k,
-                                   num_groups=self.num_groups, top_groups=self.top_groups,
-                                   renormalize=self.renormalize, scaling=self.scaling)
+    def __call__(self, x: np.ndarray, slots: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return route("route_group_limited", self.logits(x, np.dtype(np.float32)), self.e_score_correction_bias.value,
+                     top_k=self.top_k, slots=slots, num_groups=self.num_groups, top_groups=self.top_groups,
+                     renormalize=self.renormalize, scaling=self.scaling)

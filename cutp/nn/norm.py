@@ -7,8 +7,7 @@ import numpy as np
 from cutp.errors import ConfigError
 from cutp.nn.module import ShardableModule, Weight
 from cutp.nn.sharding import ShardingStrategy
-from cutp.ops.dispatch import add_rms_norm, rms_norm
-from cutp.ops.rms_norm import layer_norm, square_sum
+from cutp.ops.dispatch import add_rms_norm, layer_norm, rms_norm, square_sums
 
 
 class _Norm(ShardableModule):
@@ -79,14 +78,13 @@ class ShardedRMSNorm(RMSNorm):
             if x.shape[-1] != self.dim:
                 raise ConfigError(f"a shard of {x.shape[-1]} of {self.dim} channels was called without the sum of "
                                   "squares over all of them")
-            total = square_sum(x)
+            total = self.square_sum(x)
         return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
-                        multiply_before_cast=self.multiply_before_cast, mean_square=total / np.float32(self.dim),
-                        out=out)
+                        multiply_before_cast=self.multiply_before_cast, square_sums=total, total_dim=self.dim, out=out)
 
     def square_sum(self, x: np.ndarray) -> np.ndarray:
         """The sum of squares of this shard's channels, float32 [T, 1]."""
-        return square_sum(x)
+        return square_sums(x)
 
     def _check(self, x: np.ndarray) -> None:
         if x.shape[-1:] != self.weight.local_shape:

@@ -22,6 +22,8 @@ _HEAD_DIMS = (64, 80, 96, 128, 256)
 _WARP, _WARPS = 32, 4
 _TILE = 16  # tokens; a page is a multiple
 _GRANULE, _MAX_SPLIT = 64, 2048  # tokens of the shortest and the longest split, as in decode_plan.cu
+# The best grid of `decode_attention` is this times the number of multiprocessors.
+BLOCKS_PER_MULTIPROCESSOR = 2
 _TASKS = 256  # of one long request: about two for each multiprocessor of a large GPU
 _PLAN_THREADS = 256
 _MAX_INT32 = 2**31 - 1
@@ -62,21 +64,23 @@ def max_splits(max_length: int, n_kv_heads: int) -> int:
     return max(1, min(-(-max_length // _GRANULE), _target_splits(n_kv_heads)), -(-max_length // _MAX_SPLIT))
 
 
-def blocks_per_multiprocessor(head_dim: int, group: int, dtype: Any) -> int:
-    """How many blocks of `decode_attention` run on a multiprocessor at once; `group`: query heads a key-value head.
+def splits_for_batch(batch: int, n_kv_heads: int) -> int:
+    """Into how many splits a long request is best divided when `batch` requests decode together.
 
-    The best `blocks` for `decode_attention` is this times the number of multiprocessors.
+    Requests and heads are tasks enough for the GPU where they are many; what is then gained by a split is less than
+    merging costs. Where a result must not depend on the batch, take the default of `decode_plan` instead.
     """
-    tensor_cores = np.dtype(dtype).name != "float32"
-    return 3 if tensor_cores and head_dim <= 128 and _head_tiles(head_dim, group, tensor_cores) == 1 else 2
+    return max(1, _TASKS // (n_kv_heads * max(1, batch)))
 
 
-def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, plan: Any, pdl: bool = False) -> None:
+def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, target_splits: int | None = None,
+                plan: Any, pdl: bool = False) -> None:
     """Lists in `plan` what `decode_attention` has to do in this step.
 
     kv_lengths: int32 [B], tokens of each request in the cache, the new one included; 0 for a row that only pads the
-    batch. window: each token sees itself and the window - 1 tokens before it. plan: int32 [1 + items, 4], of the shape
-    that `decode_workspace` gives.
+    batch. window: each token sees itself and the window - 1 tokens before it. target_splits: of a request, unless it is
+    too short or too long for so many; by default as many as one request alone is best divided into, so that its result
+    does not depend on the others. plan: int32 [1 + items, 4], of the shape that `decode_workspace` gives.
     """
     what = "decode_plan"
     _check_array(what, "kv_lengths", kv_lengths, (None,), "int32")
@@ -88,10 +92,13 @@ def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, 
     batch, capacity = len(kv_lengths), plan.shape[0] - 1
     if capacity < batch:
         raise ConfigError(f"{what}: plan has room for {capacity} items, fewer than the {batch} requests")
+    most = _target_splits(n_kv_heads)
+    if target_splits is not None and not 1 <= target_splits <= most:
+        raise ConfigError(f"{what}: target_splits is {target_splits}; it must be from 1 to {most}")
     window = _MAX_INT32 if window is None else min(window, _MAX_INT32)
     launch("decode_plan.cu", "decode_plan", 1, _PLAN_THREADS,
            [kv_lengths, plan, np.int32(batch), np.int32(capacity), np.int32(window),
-            np.int32(_target_splits(n_kv_heads))], pdl=pdl)
+            np.int32(target_splits or most)], pdl=pdl)
 
 
 def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, *,
@@ -104,7 +111,7 @@ def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, pla
     longest request], in which page numbers count only as far as a request is long. kv_lengths: as given to
     `decode_plan`; rows of length 0 become zeros. softcap, sinks (float32 [H]): see the specification. partials,
     counters: see `decode_workspace`. blocks: size of the grid, of any effect on the time only; see
-    `blocks_per_multiprocessor`.
+    `BLOCKS_PER_MULTIPROCESSOR`.
 
     All arrays are contiguous. The result of a row has the same bits whatever the other rows are.
     """

@@ -41,9 +41,13 @@ struct Problem {
     const scalar_t* bias;    // [experts, n] or null
     void* y;                 // rows of n elements, float if `float_out`
     const int* tokens;       // the row of x of each row of y; null: its own number
-    const int* offsets;      // [experts + 1]
-    int experts, row_tiles, n, k;
+    const int* offsets;      // [experts + 1]; null: every expert has `rows_each` rows
+    int experts, row_tiles, n, k, rows_each;
     bool float_out;
+
+    __device__ __forceinline__ int begin_of(int expert) const {
+        return offsets == nullptr ? expert * rows_each : load_activation_element(offsets + expert);
+    }
 };
 
 // What this block computes; rows == 0: nothing.
@@ -68,10 +72,10 @@ __device__ __forceinline__ Tile find_tile(const Problem& p) {
 
     const int run = (p.experts + warp_size - 1) / warp_size;
     const int first = min(lane_id() * run, p.experts), last = min(first + run, p.experts);
-    const int run_begin = load_activation_element(p.offsets + first);
+    const int run_begin = p.begin_of(first);
     int begin = run_begin, tiles = 0;
     for (int expert = first; expert < last; expert++) {
-        const int end = load_activation_element(p.offsets + expert + 1);
+        const int end = p.begin_of(expert + 1);
         tiles += tiles_of(begin, end);
         begin = end;
     }
@@ -87,7 +91,7 @@ __device__ __forceinline__ Tile find_tile(const Problem& p) {
     if (owner == 0) return tile;
     begin = run_begin;
     for (int expert = first, before = 0; expert < last; expert++) {
-        const int end = load_activation_element(p.offsets + expert + 1), here = tiles_of(begin, end);
+        const int end = p.begin_of(expert + 1), here = tiles_of(begin, end);
         if (left >= before && left < before + here) {
             tile.expert = expert;
             tile.first_row = begin + (left - before) * ROWS;
@@ -305,9 +309,10 @@ template <> struct SumsOf<float> { typedef FloatSums type; };
 // Grid: row_tiles * tiles of columns; row_tiles: as many as the rows can make.
 extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
 grouped_gemm(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, void* y, const int* tokens,
-             const int* offsets, int experts, int row_tiles, int n, int k, int float_out) {
+             const int* offsets, int experts, int row_tiles, int n, int k, int rows_each,
+             int float_out) {
     __shared__ int token_of_row[ROWS];  // -1: no such row
-    const Problem p = {x, weight, bias, y, tokens, offsets, experts, row_tiles, n, k, float_out != 0};
+    const Problem p = {x, weight, bias, y, tokens, offsets, experts, row_tiles, n, k, rows_each, float_out != 0};
     const u32 stages = shared_address(dynamic_shared());
     pdl_wait();
     const Tile tile = find_tile(p);

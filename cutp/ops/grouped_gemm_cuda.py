@@ -44,9 +44,10 @@ def grouped_linear(x: Any, weight: Any, offsets: Any, bias: Any = None, *, token
     """out[i] = x[tokens[i]] weight[e]^T + bias[e] for the rows i of each expert e; sums in float32, rounded once.
 
     weight: [E, N, K]; bias: [E, N] or None; offsets: int32 [E + 1], ascending: rows offsets[e] .. offsets[e + 1] are of
-    expert e. out: [R, N], where R is the most rows that there can be; those beyond offsets[E] are left alone. x: [T, K]
-    with tokens int32 [R], below T (not checked), or [R, K]. x, weight and bias have one dtype (bfloat16, float16 or
-    float32), out has it or float32. K is a multiple of 16 bytes. Contiguous; ConfigError otherwise.
+    expert e; None where all experts have equally many of the R rows. out: [R, N], where R is the most rows that there
+    can be; those beyond offsets[E] are left alone. x: [T, K] with tokens int32 [R], below T (not checked), or [R, K].
+    x, weight and bias have one dtype (bfloat16, float16 or float32), out has it or float32. K is a multiple of 16
+    bytes. Contiguous; ConfigError otherwise.
 
     expected_rows: how many of the R rows there are as a rule; it decides about speed only. The bits of a row of the
     result depend on its row of x and its expert only, not on R, nor on the other rows.
@@ -63,7 +64,7 @@ def grouped_linear(x: Any, weight: Any, offsets: Any, bias: Any = None, *, token
     launch(
         "grouped_gemm.cu", "grouped_gemm", grid, _THREADS,
         [x, weight, bias, out, tokens, offsets, np.int32(experts), np.int32(row_tiles), np.int32(n), np.int32(k),
-         np.int32(out.dtype.name == "float32")],
+         np.int32(rows // experts), np.int32(out.dtype.name == "float32")],
         shared_bytes=tile.shared_bytes, pdl=pdl,
         defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"ROWS={tile.rows}", f"COLUMNS={tile.columns}",
                  f"STAGES={tile.stages}"),
@@ -101,7 +102,10 @@ def _check(op: str, x: Any, weight: Any, offsets: Any, bias: Any, tokens: Any, o
     rows = out.shape[0]
     check_array(op, "x", x, (x.shape[0] if tokens is not None else rows, k))
     check_array(op, "weight", weight, (experts, n, k), x.dtype)
-    check_array(op, "offsets", offsets, (experts + 1,), np.int32)
+    if offsets is not None:
+        check_array(op, "offsets", offsets, (experts + 1,), np.int32)
+    elif experts and rows % experts:
+        raise ConfigError(f"{op}: {rows} rows cannot be divided evenly among {experts} experts; offsets are needed")
     check_array(op, "out", out, (rows, n), np.float32 if out.dtype.name == "float32" else x.dtype)
     if bias is not None:
         check_array(op, "bias", bias, (experts, n), x.dtype)

@@ -1,7 +1,7 @@
 // Scaling and adding on the residual stream, and the last step of the logits. Specification: residual.py, and
 // `_finish_logits` of distributed_transformer.py.
 //
-// Arrays of any shape, seen as one row of elements; a thread takes those of one 16-byte vector.
+// Arrays of any shape, mostly seen as one row of elements; a thread takes those of one 16-byte vector.
 //
 // archs: sm_80 sm_90a sm_100
 // variants: DTYPE=BF16,F16,F32
@@ -29,6 +29,37 @@ scale(const scalar_t* x, scalar_t* out, i64 count, float factor) {
 #pragma unroll
     for (int i = 0; i < width; i++) values[i] *= factor;
     store_activations(out + first_element(), here, values);
+}
+
+// out[count] = x clamped to [-limit, limit]; NaN stays. out may be x.
+extern "C" __global__ void __launch_bounds__(256)
+clip(const scalar_t* x, scalar_t* out, i64 count, float limit) {
+    const int here = elements_here(count);
+    pdl_wait();
+    pdl_launch_dependents();
+    if (here == 0) return;
+    float values[width];
+    load_activations(x + first_element(), here, values);
+#pragma unroll
+    for (int i = 0; i < width; i++)
+        values[i] = values[i] > limit ? limit : values[i] < -limit ? -limit : values[i];
+    store_activations(out + first_element(), here, values);
+}
+
+// out[rows, dim] = x * shares[rows], rounded; out may be x. Grid: rows, blocks of a row.
+extern "C" __global__ void __launch_bounds__(256)
+scale_rows(const scalar_t* x, const scalar_t* shares, scalar_t* out, int dim) {
+    const int column = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+    pdl_wait();
+    pdl_launch_dependents();
+    if (column >= dim) return;
+    const i64 first = static_cast<i64>(blockIdx.x) * dim + column;
+    const float share = to_float(load_activation_element(shares + blockIdx.x));
+    float values[width];
+    unpack<scalar_t>(load_activation(x + first), values);
+#pragma unroll
+    for (int i = 0; i < width; i++) values[i] *= share;
+    store_vector(out + first, pack<scalar_t>(values));
 }
 
 // out[count] = x + y * multiplier, the product rounded before the sum; out may be x or y.

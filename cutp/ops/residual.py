@@ -14,6 +14,17 @@ def scale(x: np.ndarray, factor: float, out: np.ndarray | None = None) -> np.nda
     return store(as_float32(x) * np.float32(factor), x.dtype, out)
 
 
+def clip(x: np.ndarray, limit: float, out: np.ndarray | None = None) -> np.ndarray:
+    """x clamped to [-limit, limit], any shape, in the dtype of `x`."""
+    # np.clip gives float32 for bfloat16; rounding its result also rounds the bounds.
+    return store(np.clip(as_float32(x), np.float32(-limit), np.float32(limit)), x.dtype, out)
+
+
+def scale_rows(x: np.ndarray, shares: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Each row of x [T, d] times its number of shares [T, 1], rounded once, in the dtype of `x`."""
+    return store(as_float32(shares) * as_float32(x), x.dtype, out)
+
+
 def residual_add(x: np.ndarray, y: np.ndarray, multiplier: float = 1.0, out: np.ndarray | None = None) -> np.ndarray:
     """x + y * multiplier, the product rounded before the sum and the sum again; x and y of one shape and dtype."""
     addend = as_float32(y)

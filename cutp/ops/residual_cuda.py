@@ -1,7 +1,7 @@
 """Launchers of residual.cu.
 
-The specifications are `scale` and `residual_add` of `cutp.ops.residual`, and for `finish_logits` what
-`DistributedTransformer` does with the output of its head.
+The specifications are `scale`, `clip`, `scale_rows` and `residual_add` of `cutp.ops.residual`, and for `finish_logits`
+what `DistributedTransformer` does with the output of its head.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ import numpy as np
 
 from cutp.array.kernel import launch
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES, check_array, check_dtype, vector_width
+from cutp.ops.launch_arguments import (
+    DTYPE_DEFINES,
+    MAX_ROWS,
+    VECTOR_BYTES,
+    check_array,
+    check_axes,
+    check_dtype,
+    vector_width,
+)
 
-_THREADS = 256
+_THREADS, _MAX_GRID_Y = 256, 65535
 
 
 def scale(x: Any, factor: float, *, out: Any, pdl: bool = False) -> None:
@@ -22,6 +30,30 @@ def scale(x: Any, factor: float, *, out: Any, pdl: bool = False) -> None:
     ConfigError otherwise."""
     _check("scale", {"x": x, "out": out})
     _launch("scale", x, [x, out], [np.float32(factor)], pdl)
+
+
+def clip(x: Any, limit: float, *, out: Any, pdl: bool = False) -> None:
+    """out = x clamped to [-limit, limit], for a limit that is not negative; arrays as for `scale`."""
+    _check("clip", {"x": x, "out": out})
+    if not limit >= 0:
+        raise ConfigError(f"clip: limit is {limit}; it must not be negative")
+    _launch("clip", x, [x, out], [np.float32(limit)], pdl)
+
+
+def scale_rows(x: Any, shares: Any, *, out: Any, pdl: bool = False) -> None:
+    """out = x * shares. x, out: [T, d], d a multiple of 16 bytes; shares: [T, 1]; otherwise as for `scale`."""
+    op = "scale_rows"
+    check_axes(op, "x", x, "T, d")
+    _check(op, {"x": x, "out": out})
+    rows, dim = x.shape
+    check_array(op, "shares", shares, (rows, 1), x.dtype)
+    width = vector_width(x.dtype)
+    blocks = -(-dim // (_THREADS * width))
+    if dim % width or rows > MAX_ROWS or blocks > _MAX_GRID_Y:
+        raise ConfigError(f"{op}: x of shape {x.shape}; rows need a multiple of {VECTOR_BYTES} bytes, and the grid has "
+                          "a limit")
+    launch("residual.cu", op, (rows, blocks), _THREADS, [x, shares, out, np.int32(dim)],
+           defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}",), pdl=pdl)
 
 
 def residual_add(x: Any, y: Any, multiplier: float = 1.0, *, out: Any, pdl: bool = False) -> None:

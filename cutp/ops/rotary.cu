@@ -99,12 +99,13 @@ __device__ __forceinline__ void copy_vectors(int first, const scalar_t* in, scal
 }
 
 // Turns the q_heads + kv_heads first heads of qkv[T, q_heads + 2 * kv_heads, head_dim] by the angles of
-// cos, sin[T, rotary_dim / 2]; queries go to q_out[T, q_heads, head_dim], keys and the values behind them to slot
-// slots[T] of pages[P, 2, kv_heads, page_size, head_dim]. Tokens with a negative slot are padding: nothing is written.
+// cos, sin[T, rotary_dim / 2]; queries go to q_out[T, q_heads, out_dim], keys and the values behind them to slot
+// slots[T] of pages[P, 2, kv_heads, page_size, out_dim]. Behind the head_dim channels of a head are zeros. Tokens with a
+// negative slot are padding: nothing is written.
 extern "C" __global__ void __launch_bounds__(1024)
 rotary_kv_write(const scalar_t* qkv, const float* cos, const float* sin, const i64* slots, scalar_t* q_out,
-                scalar_t* pages, int q_heads, int kv_heads, int head_dim, int rotary_dim, int page_size,
-                int interleaved) {
+                scalar_t* pages, int q_heads, int kv_heads, int head_dim, int out_dim, int rotary_dim,
+                int page_size, int interleaved) {
     const i64 token = blockIdx.x;
     const int heads = q_heads + 2 * kv_heads, head = blockIdx.y * blockDim.y + threadIdx.y;
     pdl_wait();
@@ -114,12 +115,12 @@ rotary_kv_write(const scalar_t* qkv, const float* cos, const float* sin, const i
     const scalar_t* in = qkv + (token * heads + head) * head_dim;
     scalar_t* out;
     if (head < q_heads) {
-        out = q_out + (token * q_heads + head) * head_dim;
+        out = q_out + (token * q_heads + head) * out_dim;
     } else {
         // Keys of all heads and then values of all heads, in a page as in the projection. Slots fit into 32 bits.
         const u32 page = static_cast<u32>(slot) / page_size, row = static_cast<u32>(slot) % page_size;
         const i64 plane = static_cast<i64>(page) * 2 * kv_heads + head - q_heads;
-        out = pages + (plane * page_size + row) * head_dim;
+        out = pages + (plane * page_size + row) * out_dim;
     }
     const bool value = head >= q_heads + kv_heads;
     if (!value) {
@@ -129,4 +130,18 @@ rotary_kv_write(const scalar_t* qkv, const float* cos, const float* sin, const i
         if constexpr (pairs == ANY) rotate_any(in, out, angles, rotary_dim, interleaved);
     }
     copy_vectors(value ? 0 : rotary_dim, in, out, head_dim);
+    for (int i = head_dim + threadIdx.x * width; i < out_dim; i += blockDim.x * width)
+        store_vector(out + i, make_uint4(0, 0, 0, 0));
+}
+
+// out[T, heads, head_dim] = the first head_dim channels of each head of x[T, heads, in_dim]. Grid: rows of threads that
+// take a head each.
+extern "C" __global__ void __launch_bounds__(1024)
+narrow_heads(const scalar_t* x, scalar_t* out, int rows, int in_dim, int head_dim) {
+    const i64 row = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
+    pdl_wait();
+    pdl_launch_dependents();
+    if (row >= rows) return;
+    for (int i = threadIdx.x * width; i < head_dim; i += blockDim.x * width)
+        store_vector(out + row * head_dim + i, load_activation(x + row * in_dim + i));
 }

@@ -67,15 +67,16 @@ def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_o
     float32 [T, R/2] of `rotary_table`: the first R channels of a head are turned, in pairs (i, i + R/2), or
     (2i, 2i + 1) when `interleaved`; R = 0 turns nothing. slots: int64 [T], page * S + slot inside the page, all
     different and inside the cache (not checked); a token with a negative slot is padding, for which nothing is written,
-    not in q_out either. pages: [P, 2, Hkv, S, D]. q_out: [T, Hq, D], memory of its own. qkv, pages and q_out have one
-    dtype (bfloat16, float16 or float32); all arrays are contiguous; D is a multiple of 16 bytes. ConfigError otherwise.
+    not in q_out either. pages: [P, 2, Hkv, S, W]. q_out: [T, Hq, W], memory of its own. W is D or larger: heads become
+    longer by zeros. qkv, pages and q_out have one dtype (bfloat16, float16 or float32); all arrays are contiguous; D
+    and W are multiples of 16 bytes. ConfigError otherwise.
 
     Where R/2, or R when `interleaved`, is a multiple of 16 bytes, too, memory is accessed 16 bytes at a time; otherwise
     element by element.
     """
     op = "rotary_kv_write"
     n_tokens, q_heads, head_dim = _check_projection(op, qkv, pages, q_out)
-    kv_heads, page_size = pages.shape[2:4]
+    kv_heads, page_size, out_dim = pages.shape[2:5]
     check_axes(op, "cos", cos, "T, R/2")
     half = cos.shape[1]
     for name, array in (("cos", cos), ("sin", sin)):
@@ -95,9 +96,32 @@ def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_o
     launch(
         "rotary.cu", "rotary_kv_write", (n_tokens, blocks), (threads, heads_per_block),
         [qkv, cos, sin, slots, q_out, pages, np.int32(q_heads), np.int32(kv_heads), np.int32(head_dim),
-         np.int32(2 * half), np.int32(page_size), np.int32(interleaved)],
+         np.int32(out_dim), np.int32(2 * half), np.int32(page_size), np.int32(interleaved)],
         defines=(f"DTYPE={DTYPE_DEFINES[qkv.dtype.name]}", f"PAIRS={pairs}"), pdl=pdl,
     )
+
+
+def narrow_heads(x: Any, *, out: Any, pdl: bool = False) -> None:
+    """out = the first channels of each head. x: [T, H, W]; out: [T, H, D], D at most W, both multiples of 16 bytes.
+
+    Contiguous, of one dtype (bfloat16, float16 or float32). ConfigError otherwise.
+    """
+    op = "narrow_heads"
+    check_dtype(op, "x", x)
+    check_axes(op, "x", x, "T, H, W")
+    check_axes(op, "out", out, "T, H, D")
+    head_dim, width = out.shape[2], vector_width(x.dtype)
+    check_array(op, "x", x, x.shape)
+    check_array(op, "out", out, (*x.shape[:2], head_dim), x.dtype)
+    if not 0 < head_dim <= x.shape[2] or head_dim % width or x.shape[2] % width:
+        raise ConfigError(f"{op}: heads of {x.shape[2]} {x.dtype} elements, cut to {head_dim}; both need a multiple of "
+                          f"{VECTOR_BYTES} bytes")
+    rows, (threads, rows_per_block) = x.shape[0] * x.shape[1], _block("HALVES", head_dim // width)
+    if rows > MAX_ROWS:
+        raise ConfigError(f"{op}: x of shape {x.shape} is too large for one launch")
+    launch("rotary.cu", op, -(-rows // rows_per_block), (threads, rows_per_block),
+           [x, out, np.int32(rows), np.int32(x.shape[2]), np.int32(head_dim)],
+           defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", "PAIRS=HALVES"), pdl=pdl)
 
 
 def _check_requests(op: str, n_tokens: int, inv_freq: Any, scalings: Any, request_of_token: Any) -> None:
@@ -118,14 +142,15 @@ def _check_projection(op: str, qkv: Any, pages: Any, q_out: Any) -> tuple[int, i
     """T, Hq and D; ConfigError if qkv, pages and q_out do not fit to each other."""
     check_dtype(op, "qkv", qkv)
     check_axes(op, "qkv", qkv, "T, (Hq + 2 * Hkv) * D")
-    check_axes(op, "pages", pages, "P, 2, Hkv, S, D")
-    check_axes(op, "q_out", q_out, "T, Hq, D")
-    n_tokens, q_heads, head_dim = qkv.shape[0], q_out.shape[1], q_out.shape[2]
+    check_axes(op, "pages", pages, "P, 2, Hkv, S, W")
+    check_axes(op, "q_out", q_out, "T, Hq, W")
+    n_tokens, q_heads, out_dim = qkv.shape[0], q_out.shape[1], q_out.shape[2]
     n_pages, _, kv_heads, page_size, _ = pages.shape
-    check_array(op, "q_out", q_out, (n_tokens, q_heads, head_dim), qkv.dtype)
-    check_array(op, "pages", pages, (n_pages, 2, kv_heads, page_size, head_dim), qkv.dtype)
+    head_dim = min(qkv.shape[1] // max(1, q_heads + 2 * kv_heads), out_dim)
+    check_array(op, "q_out", q_out, (n_tokens, q_heads, out_dim), qkv.dtype)
+    check_array(op, "pages", pages, (n_pages, 2, kv_heads, page_size, out_dim), qkv.dtype)
     check_array(op, "qkv", qkv, (n_tokens, (q_heads + 2 * kv_heads) * head_dim))
-    if head_dim == 0 or head_dim % vector_width(qkv.dtype):
+    if head_dim == 0 or head_dim % vector_width(qkv.dtype) or out_dim % vector_width(qkv.dtype):
         raise ConfigError(f"{op}: heads of {head_dim} {qkv.dtype} elements; they need a multiple of "
                           f"{VECTOR_BYTES} bytes")
     if n_pages * page_size >= 2**32:

@@ -97,7 +97,12 @@ def test_an_engine_that_runs_fewer_gets_fewer(options, tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "EngineOptions", lambda: SimpleNamespace(max_running=50))
     write_lines(tmp_path / "in.jsonl", [{"id": f"r{i}", "prompt": f"p{i}", "max_tokens": 2} for i in range(200)])
     llms, most = {}, []
-    assert run(options, open_llm=Narrow, llms=llms, on_step=lambda rank, n: most.append(len(llms[0]._open)))[0] == 0
+
+    def on_step(rank, number):
+        most.append(len(llms[rank]._open))
+        time.sleep(0.002)
+
+    assert run(options, open_llm=Narrow, llms=llms, on_step=on_step)[0] == 0
     check_complete(options, 200)
     # The first share is a guess; once the engine has been seen it gets what it runs and the backlog.
     assert most[0] == 54 and max(most[54 // 3 * 2 + 2:]) <= 3 + 4
@@ -131,7 +136,7 @@ def test_metrics(options):
         last = lines[-1]
         assert last["job"] == {"done": RECORDS, "failed": 0, "remaining": 0} and last["outstanding"] == 0
         assert last["generated_tokens"] > 0 and last["generated_tokens_per_s"] > 0 and last["load_s"] >= 0
-        assert last["peak_host_bytes"] > 1e6 and last["peak_device_bytes"] is None
+        assert last["peak_host_bytes"] > 1e6 and "peak_device_bytes" in last
 
 
 @pytest.mark.parametrize(("ranks", "tp"), SHAPES)

@@ -286,6 +286,41 @@ def test_one_item(tmp_path):
             file.read("w", 2, [(0, 1)], item=0)
 
 
+def test_some_rows(tmp_path):
+    array = np.arange(5 * 4 * 7, dtype=np.float32).reshape(5, 4, 7)
+    write_safetensors(tmp_path / "m.safetensors", {"w": array, "n": np.array(1.0)})
+    with SafetensorsFile(tmp_path / "m.safetensors") as file:
+        for start, stop in ((0, 5), (1, 4), (4, 5), (2, 2)):
+            before = file.bytes_read
+            np.testing.assert_array_equal(file.read("w", rows=(start, stop)), array[start:stop])
+            assert file.bytes_read - before == (stop - start) * 4 * 7 * 4
+            np.testing.assert_array_equal(file.read("w", 2, [(3, 5), (0, 1)], rows=(start, stop)),
+                                          array[start:stop][:, :, [3, 4, 0]])
+            np.testing.assert_array_equal(file.read("w", 1, [(2, 7)], item=start % 5, rows=(1, 3)),
+                                          array[start % 5, 1:3, 2:7])
+        for rows in ((-1, 2), (3, 2), (0, 6)):
+            with pytest.raises(CheckpointError, match=f"'w' of shape .* has no rows {rows[0]}:{rows[1]}"):
+                file.read("w", rows=rows)
+        with pytest.raises(CheckpointError, match="'n' of shape .* has no rows"):
+            file.read("n", rows=(0, 0))
+
+
+def test_a_buffer_to_read_into(tmp_path):
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    write_safetensors(tmp_path / "m.safetensors", {"w": array})
+    buffer = np.zeros(49, np.uint8)
+    with SafetensorsFile(tmp_path / "m.safetensors") as file:
+        for arguments in ((), (1, [(1, 3)]), (0, [(2, 3)])):
+            expected = file.read("w", *arguments)
+            found = file.read("w", *arguments, buffer=buffer)
+            np.testing.assert_array_equal(found, expected)
+            assert found.ctypes.data == buffer.ctypes.data and found.flags.writeable
+        assert file.read("w", buffer=buffer[:48]).ctypes.data == buffer.ctypes.data
+        small = file.read("w", buffer=buffer[:47])
+        np.testing.assert_array_equal(small, array)
+        assert not np.shares_memory(small, buffer)
+
+
 def test_column_slice_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
     path = tmp_path / "x.safetensors"

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cutp.cli.main import main
+from cutp.errors import DeviceError
 from tests.mpirun import clean_environment
 
 REQUEST = ("--prompt-ids", "1,2,3", "--max-tokens", "2", "--temperature", "0")
@@ -168,6 +169,14 @@ def test_every_bad_model_has_its_own_message(model, tiny, cli):
     assert {tuple(names) for names in said.values() if len(names) > 1} == set()
 
 
+def test_no_gpu(cli, monkeypatch):
+    def cupy():
+        raise DeviceError("no NVIDIA driver was found", hint="use --device cpu")
+
+    monkeypatch.setattr("cutp.array.cuda.cupy", cupy)
+    cli("generate", *REQUEST, "--device", "cuda").assert_error(4, "no NVIDIA driver was found (use --device cpu)")
+
+
 def test_no_model(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in (tmp_path / "none", "./none", "some-org/some-model"):
@@ -183,7 +192,7 @@ def test_no_model(cli, tmp_path, monkeypatch):
     (["--bogus"], ["--bogus"]),
     (["--max-token", "3"], ["--max-token"]),
     (["--device", "tpu"], ["--device", "tpu"]),
-    (["--device", "cuda"], ["cuda"]),
+    (["--kv-memory", "20 apples"], ["kv_memory", "'20 apples'", "20GB"]),
     (["--dtype", "int4"], ["'int4'", "bfloat16"]),
     (["--tp", "2"], ["tp=2", "1 ranks"]),
     (["--tp", "99"], ["99", "sizes 1 to 4 work"]),

@@ -199,6 +199,14 @@ def test_bfloat16(cli, tiny):
     assert cli("generate", "-p", ONCE, *GREEDY, "--dtype", "bfloat16").code == 0
 
 
+def test_kv_memory(cli):
+    """The cache has whole pages of 64 tokens, 524288 bytes each for this model."""
+    cli("generate", "--prompt-ids", "5,6", "--kv-memory", "1000kB", *GREEDY[:2], "--max-tokens", "100").assert_error(
+        4, "102 tokens", "the cache holds 64")
+    assert cli("generate", "--prompt-ids", "5,6", "--kv-memory", "1.1 MB", *GREEDY[:2], "--max-tokens", "100").code == 0
+    cli("generate", "--prompt-ids", "5,6", "--kv-memory", "0.5 MB", *GREEDY).assert_error(4, "cache")
+
+
 def test_max_len(cli):
     ids = ",".join(["7"] * 9)
     [line] = cli("generate", "--prompt-ids", ids, "--max-len", "10", *GREEDY, "--ignore-eos", "--json").json

@@ -338,8 +338,7 @@ class FakeCupy:
             CUDARuntimeError=lambda status: RuntimeError(f"cudaError {status}"))
         self.cuda = SimpleNamespace(
             Stream=self._stream, Event=Event, get_current_stream=current, nccl=FakeNccl(), runtime=runtime,
-            Device=lambda index: SimpleNamespace(use=lambda: setattr(_thread, "gpu", self.gpus[index]) or
-                                                 setattr(_thread, "streams", [])),
+            Device=self._device,
             using_allocator=self._using_allocator)
 
     def _stream(self, non_blocking=False):
@@ -347,8 +346,17 @@ class FakeCupy:
         _thread.gpu.streams[stream.ptr] = stream
         return stream
 
+    @contextlib.contextmanager
+    def _device(self, index):
+        before = getattr(_thread, "gpu", None)
+        _thread.gpu = self.gpus[index]
+        _thread.streams = getattr(_thread, "streams", [])
+        try:
+            yield
+        finally:
+            _thread.gpu = before
+
     def _event_query(self, pointer):
-        assert current is not None
         event = _events[pointer]
         broken = next((s.error for s in _thread.gpu.streams.values() if s.error), 0)
         return broken or (0 if event.reached.is_set() else NOT_READY)

@@ -21,12 +21,6 @@ def test_of_a_list():
     assert DeviceGroup.of(group) is group
 
 
-def test_a_gpu_is_refused():
-    """Rather than computing on the CPU without a word."""
-    with pytest.raises(ConfigError, match="CPU"):
-        DeviceGroup.of([DeviceRef.CPU(), DeviceRef.GPU()])
-
-
 def test_of_a_communicator():
     def rank_main(comm):
         group = DeviceGroup.of(comm)

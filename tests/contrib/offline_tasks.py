@@ -56,5 +56,5 @@ GENERATION = [
     ("The wolf said", {"until": [], "max_gen_toks": 7}),
     ("Once upon a time there was a king. " * 20, {"until": [" the", " was"], "max_gen_toks": 8, "temperature": 0.0}),
     ("<s>The end", {"max_new_tokens": 8}),
-    ("The king", {"until": ["\n\n", ""], "max_gen_toks": 4, "repetition_penalty": 1.3}),
+    ("The king", {"until": ["\n\n"], "max_gen_toks": 4, "repetition_penalty": 1.3}),
 ]

@@ -61,10 +61,10 @@ class Recorder(DeviceGroup):
         super().__init__(cpus(n))
         self.log = log
 
-    def all_reduce_async(self, xs):
+    def all_reduce_async(self, xs, out=None):
         number = sum(event == "start" for event, _ in self.log)
         self.log.append(("start", len(xs[0])))
-        pending, log = super().all_reduce_async(xs), self.log
+        pending, log = super().all_reduce_async(xs, out), self.log
 
         class Noted:
             def wait(self):
@@ -146,7 +146,8 @@ def test_a_block_and_its_attention_sum_in_chunks_only_when_asked(rows):
     for config, expected in ((CONFIG, 2 * (3 if rows == 100 else 1)), (nn.DistributedGemmConfig(), 0), (None, 0)):
         group, started = DeviceGroup(cpus(2)), []
         plain = group.all_reduce_async
-        group.all_reduce_async = lambda xs, plain=plain, started=started: started.append(len(xs[0])) or plain(xs)
+        group.all_reduce_async = lambda xs, out=None, plain=plain, started=started: (
+            started.append(len(xs[0])) or plain(xs, out))
         attention = nn.AttentionWithRope(6, 3, 1, 2, float32, None)
         block = nn.DistributedTransformerBlock(
             nn.TensorParallelAttentionWithRope(attention, group, config), nn.MLP(6, 5, float32), nn.RMSNorm(6, float32),

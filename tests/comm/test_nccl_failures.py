@@ -1,0 +1,413 @@
+"""What goes wrong with GPUs: who is told, how soon, and that nothing hangs. On the stand-in for CuPy and NCCL."""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cutp import run_threads
+from cutp.array.graph import Stream, capture
+from cutp.comm import nccl_link
+from cutp.errors import ClosedError, CommError, CommTimeoutError, ConfigError, DeviceError, PeerFailedError
+from tests.comm.fake_nccl import fake_cupy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    monkeypatch.setattr(nccl_link, "_WARM_UP_SIZES", (2, 16))
+    monkeypatch.setattr(nccl_link, "_ABORT_SECONDS", 0.3)
+    monkeypatch.setattr(nccl_link, "_LEAVE_SECONDS", 0.3)
+    with fake_cupy(monkeypatch) as cupy:
+        yield cupy
+
+
+def outcomes(cupy, n, body, prepare=lambda gpu: None, timeout=5):
+    """For each rank what body(comm, gpu) returned or raised, the seconds it took, and the rank's GPU."""
+    got = [None] * n
+
+    def on_rank(comm):
+        with cupy.gpu(comm.rank) as gpu, comm:
+            prepare(gpu)
+            comm.barrier()
+            began = time.monotonic()
+            try:
+                result = body(comm, gpu)
+            except Exception as error:
+                result = error
+            got[comm.rank] = result, time.monotonic() - began, gpu
+            if isinstance(result, Exception):
+                raise result
+
+    try:
+        run_threads(n, on_rank, timeout=timeout)
+    except Exception as error:
+        assert any(error is result for result, _, _ in got), error
+    return got
+
+
+def sum_and_wait(comm, cupy, shape=4):
+    total = comm.all_reduce(cupy.upload(np.ones(shape, np.float32)))
+    comm.wait()
+    return total
+
+
+def test_joining_names_the_missing_library(cupy):
+    def prepare(gpu):
+        gpu.missing = DeviceError("a GPU needs CuPy, which is not installed") if gpu.index == 1 else None
+
+    for error, seconds, _ in outcomes(cupy, 3, lambda comm, gpu: comm.connect_gpus(), prepare):
+        assert type(error) is DeviceError and error.rank == 1 and "not installed" in str(error) and seconds < 2
+
+
+def test_nccl_missing(cupy):
+    cupy.cuda.nccl.available = False
+    for error, _, _ in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus()):
+        assert isinstance(error, DeviceError) and "finds no NCCL" in str(error)
+
+
+def test_two_ranks_on_one_gpu(cupy):
+    def prepare(gpu):
+        gpu.card = "GPU-same" if gpu.index else "GPU-0"
+
+    for error, _, _ in outcomes(cupy, 3, lambda comm, gpu: comm.connect_gpus(), prepare):
+        assert isinstance(error, ConfigError)
+        assert "rank 1 (host " in str(error) and "and rank 2 (host " in str(error) and "GPU-same" in str(error)
+
+
+def test_different_versions_of_nccl(cupy):
+    def prepare(gpu):
+        gpu.nccl_version = 23203 - (gpu.index == 2)
+
+    for error, _, _ in outcomes(cupy, 3, lambda comm, gpu: comm.connect_gpus(), prepare):
+        assert isinstance(error, ConfigError) and "23203" in str(error) and "23202" in str(error)
+
+
+def test_no_id(cupy):
+    def no_id():
+        raise cupy.cuda.nccl.NcclError(2)
+
+    cupy.cuda.nccl.get_unique_id = no_id
+    for error, _, _ in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus()):
+        assert isinstance(error, CommError) and "cannot make an id" in str(error) and "NCCL_SOCKET_IFNAME" in str(error)
+
+
+def test_a_rank_that_cannot_connect(cupy):
+    def prepare(gpu):
+        gpu.refuse = "init" if gpu.index == 1 else None
+
+    got = outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus(), prepare)
+    assert isinstance(got[1][0], CommError)
+    assert "connecting GPU 1 (Stand-in, GPU-1) of host" in str(got[1][0]) and "NCCL_ERROR_2" in str(got[1][0])
+    # The other waits inside NCCL, from which the failure notice frees it.
+    assert isinstance(got[0][0], PeerFailedError) and got[0][1] < 2
+
+
+def test_deadline_of_connecting(cupy):
+    # Rank 1 never gets to NCCL's own part.
+    create = cupy.cuda.nccl.NcclCommunicator
+    cupy.cuda.nccl.NcclCommunicator = lambda n, uid, rank: cupy.released.wait(30) if rank else create(n, uid, rank)
+    got = outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus(), timeout=0.5)
+    assert any(isinstance(error, CommTimeoutError) and "connecting GPU" in str(error) for error, _, _ in got)
+    assert all(isinstance(error, CommError) and 0.4 < seconds < 2 for error, seconds, _ in got)
+
+
+def test_deadline_of_the_first_exchange_aborts(cupy):
+    def body(comm, gpu):
+        if comm.rank == 1:
+            monkey = cupy.cuda.nccl.NcclCommunicator
+
+            def create(*args):
+                made = monkey(*args)
+                made.allReduce = lambda *a: cupy.released.wait(30) if made.rank == 1 else type(made).allReduce(made, *a)
+                return made
+
+            cupy.cuda.nccl.NcclCommunicator = create
+        comm.barrier()
+        comm.connect_gpus()
+
+    got = outcomes(cupy, 2, body, timeout=0.5)
+    assert any("a first exchange" in str(error) for error, _, _ in got)
+    for error, seconds, gpu in got:
+        assert isinstance(error, CommError) and seconds < 2 and "abort" in gpu.log and "destroy" not in gpu.log
+
+
+def test_deadline_on_the_gpu_names_the_missing_rank(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 1:
+            time.sleep(2.5)  # neither a call nor a failure
+            return None
+        return sum_and_wait(comm, cupy)
+
+    got = outcomes(cupy, 3, body, timeout=1)
+    assert got[1][0] is None
+    for rank in (0, 2):
+        error, seconds, gpu = got[rank]
+        assert isinstance(error, CommError) and 0.9 < seconds < 3.5
+        assert gpu.log.count("abort") == 1 and "destroy" not in gpu.log
+    late = [error for error, _, _ in got if isinstance(error, CommTimeoutError)]
+    assert late
+    for error in late:
+        text = str(error)
+        assert "all_reduce(float32[4]) did not end on GPU" in text and "within 1.0 s" in text, text
+        assert "for rank 1 (host" in text and "CUTP_COMM_TIMEOUT" in text, text
+
+
+def test_deadline_with_all_ranks_there(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        # A call that NCCL gets from no peer: the stand-in's ranks wait for each other's third call.
+        link = comm._collectives._link
+        if comm.rank == 0:
+            link._comm._numbers = iter(range(100, 200))
+        return sum_and_wait(comm, cupy)
+
+    errors = [error for error, _, _ in outcomes(cupy, 2, body, timeout=0.5)]
+    assert all(isinstance(error, CommError) for error in errors)
+    assert any("all ranks wait: their calls do not match" in str(error) for error in errors), errors
+
+
+@pytest.mark.parametrize("status", [3, 6])
+def test_errors_of_nccl_itself(cupy, status):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        comm.barrier()
+        if comm.rank == 0:
+            gpu.comms[0].async_error = status
+        errors = []
+        while len(errors) < 2:
+            try:
+                sum_and_wait(comm, cupy)
+            except CommError as error:
+                errors.append(error)
+        raise errors[-1]
+
+    got = outcomes(cupy, 2, body)
+    assert "NCCL failed on GPU 0 (Stand-in, GPU-0) of host" in str(got[0][0])
+    assert f"NCCL_ERROR_{status}" in str(got[0][0])
+    assert isinstance(got[1][0], PeerFailedError) and "NCCL failed on GPU 0" in str(got[1][0])
+    assert all(seconds < 2 and gpu.log.count("abort") == 1 for _, seconds, gpu in got)
+
+
+def test_an_operation_in_progress_is_no_error(cupy):
+    def body(comm, gpu):
+        comm.connect_gpus()
+        gpu.comms[0].async_error = 7
+        return cupy.download(sum_and_wait(comm, cupy)).tolist()
+
+    assert [result for result, _, _ in outcomes(cupy, 2, body)] == [[2.0] * 4] * 2
+
+
+def test_a_refused_call(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        gpu.refuse = "call" if comm.rank == 1 else None
+        return sum_and_wait(comm, cupy)
+
+    got = outcomes(cupy, 2, body)
+    assert "all_reduce(float32[4]) was refused by NCCL on GPU 1" in str(got[1][0]) and "NCCL_ERROR_5" in str(got[1][0])
+    assert isinstance(got[0][0], PeerFailedError) and got[0][1] < 2
+    assert all("abort" in gpu.log for _, _, gpu in got)
+
+
+def test_a_peer_that_raises_frees_those_that_wait_for_its_gpu(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 1:
+            raise ZeroDivisionError("a bug in rank 1")
+        return sum_and_wait(comm, cupy)
+
+    got = outcomes(cupy, 3, body, timeout=20)
+    for rank in (0, 2):
+        error, seconds, gpu = got[rank]
+        assert isinstance(error, PeerFailedError) and "a bug in rank 1" in str(error) and seconds < 2
+        assert gpu.log[-1] == "abort" or "abort" in gpu.log
+    assert "abort" in got[1][2].log and "destroy" not in got[1][2].log
+
+
+def test_an_abort_that_hangs_holds_nobody_up(cupy):
+    def prepare(gpu):
+        gpu.hangs = {"abort"}
+
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 1:
+            raise ZeroDivisionError
+        return sum_and_wait(comm, cupy)
+
+    for error, seconds, _ in outcomes(cupy, 2, body, prepare):
+        assert isinstance(error, (PeerFailedError, ZeroDivisionError)) and seconds < 2
+
+
+def test_a_broken_kernel(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        list(gpu.streams.values())[0].error = 700
+        with pytest.raises(DeviceError, match=r"a kernel or copy on GPU \d .* failed: cudaError 700"):
+            comm.wait()
+        return "raised"
+
+    assert [result for result, _, _ in outcomes(cupy, 2, body)] == ["raised"] * 2
+
+
+def test_ranks_out_of_step_are_told(cupy):
+    def body(comm, gpu):
+        return sum_and_wait(comm, cupy, shape=4 + comm.rank)
+
+    for error, seconds, _ in outcomes(cupy, 2, body):
+        assert isinstance(error, CommError) and seconds < 2
+        assert "all_reduce(float32[4]) on GPUs" in str(error) and "all_reduce(float32[5]) on GPUs" in str(error)
+
+
+def test_a_call_is_checked_once(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        before = comm._transport._sequence
+        for _ in range(3):
+            sum_and_wait(comm, cupy)
+        same = comm._transport._sequence - before
+        comm.all_reduce_async(cupy.upload(np.ones(4, np.float32))).wait()
+        sum_and_wait(comm, cupy, shape=5)
+        return same, comm._transport._sequence - before
+
+    assert [result for result, _, _ in outcomes(cupy, 2, body)] == [(0, 1)] * 2
+
+
+# The end
+
+
+def test_closing_in_order_twice(cupy):
+    def body(comm, gpu):
+        x = cupy.upload(np.ones(4, np.float32))
+        stream = Stream()
+        with stream:
+            comm.all_reduce(x, out=x)
+        with capture(stream) as graph:
+            comm.all_reduce(x, out=x)
+        with stream:
+            graph.launch()
+            comm.all_reduce(x, out=x)
+        close = graph.close
+        graph.close = lambda: (gpu.log.append("graph"), close())
+        gpu.log.clear()
+        comm.close()
+        comm.close()
+        assert cupy.download(x).tolist() == [8.0] * 4, "what was started had not ended"
+        with pytest.raises(ClosedError):
+            comm.all_reduce(x)
+        with pytest.raises(ClosedError):
+            comm.wait()
+        return gpu.log, graph._executable
+
+    for result, _, _ in outcomes(cupy, 2, body):
+        assert result == (["graph", "synchronize", "destroy"], None)
+
+
+def test_a_graph_that_was_given_up_before_is_not_touched(cupy):
+    def body(comm, gpu):
+        x = cupy.upload(np.ones(4, np.float32))
+        comm.all_reduce(x, out=x)
+        with capture(Stream()) as graph:
+            comm.all_reduce(x, out=x)
+        graph.close()
+        link = comm._collectives._link
+        assert list(link._graphs) == [graph]
+        del graph
+        gc.collect()
+        assert list(link._graphs) == []
+        return True
+
+    assert all(result is True for result, _, _ in outcomes(cupy, 2, body))
+
+
+def test_closing_with_work_that_never_ends(cupy):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 0:
+            comm.all_reduce(cupy.upload(np.ones(4, np.float32)))  # rank 1 does not
+        comm.close()
+        return gpu.log
+
+    logs = [result for result, seconds, _ in outcomes(cupy, 2, body) if seconds < 2]
+    assert [log[-1] for log in logs] == ["abort", "destroy"] and "destroy" not in logs[0]
+
+
+def test_closing_when_destroying_hangs(cupy, caplog):
+    def prepare(gpu):
+        gpu.hangs = {"destroy"}
+
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        comm.close()
+        return "closed"
+
+    for result, seconds, _ in outcomes(cupy, 2, body, prepare):
+        assert result == "closed" and seconds < 2
+    assert "could not be destroyed within 0.3 s on GPU" in caplog.text
+
+
+def test_many_communicators_one_after_another(cupy):
+    def body(comm, gpu):
+        for _ in range(20):
+            with comm.split(0) as part:
+                sum_and_wait(part, cupy)
+        comm.barrier()
+        return [c.destroyed for c in gpu.comms], len(nccl_link._links)
+
+    for result, _, _ in outcomes(cupy, 2, body):
+        assert result == ([True] * 20, 0)
+
+
+AT_EXIT = """
+import sys, threading
+import numpy as np, pytest
+from cutp.comm import nccl_link
+from cutp.comm.communicator import Communicator
+from cutp.comm.threads import _Group, ThreadTransport
+from tests.comm.fake_nccl import fake_cupy
+nccl_link._ABORT_SECONDS = 0.5
+nccl_link._WARM_UP_SIZES = (2, 16)
+hold = []
+group = _Group(2)
+patch = pytest.MonkeyPatch()
+context = fake_cupy(patch)
+cupy = context.__enter__()
+def rank(r):
+    comm = Communicator(ThreadTransport(group, r, 20.0))
+    hold.append(comm)
+    with cupy.gpu(r) as gpu:
+        if "hang" in sys.argv:
+            gpu.hangs = {"abort", "destroy"}
+        comm.all_reduce(cupy.upload(np.ones(3)))
+        comm.wait()
+        if r == 0 and "late" in sys.argv:
+            comm.all_reduce(cupy.upload(np.ones(3)))
+each = [threading.Thread(target=rank, args=(r,)) for r in (0, 1)]
+[t.start() for t in each]
+[t.join() for t in each]
+import atexit
+print("left", flush=True)
+# Called after what was registered later, which is cutp's own.
+atexit.unregister(nccl_link._leave_at_exit)
+atexit.register(lambda: print(sorted({e for g in cupy.gpus.values() for e in g.log} - {"synchronize"}), flush=True))
+atexit.register(nccl_link._leave_at_exit)
+"""
+
+
+@pytest.mark.parametrize("case", ["well", "late", "hang"])
+def test_a_communicator_that_is_left_open_does_not_hang_at_exit(case, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(AT_EXIT)
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, program, case], capture_output=True, text=True, timeout=30, env=env,
+                          check=False)
+    assert done.returncode == 0 and done.stderr.count("Traceback") == 0, done.stderr
+    left = {"well": "['destroy']", "late": "['abort', 'destroy']", "hang": "['destroy']"}[case]
+    assert done.stdout.splitlines() == ["left", left], done.stdout

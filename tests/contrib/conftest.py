@@ -1,0 +1,1 @@
+from tests.cli.conftest import tales_copy  # noqa: F401
