@@ -45,7 +45,8 @@ def positive_int(text: str) -> int:
 def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = False, **options: Any) -> LLM:
     """The LLM that `args` describe, over `comm`; on rank 0 a long load shows its progress on a terminal.
 
-    options: of `LLM`, beside those of the command line. quiet: neither warnings nor progress, for the second and later of several equal models.
+    options: of `LLM`, beside those of the command line. quiet: neither warnings nor progress, for the second and later
+    of several equal models.
     """
     from cutp.engine.llm import LLM
 

@@ -35,7 +35,7 @@ class Collectives(Protocol):
     def send(self, x: Any, dest: int) -> None: ...
     def recv(self, source: int, out: Any = None) -> Any: ...
     def connect(self) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, what: Any = None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -171,13 +171,14 @@ class Communicator:
         """
         self._collectives.connect()
 
-    def wait(self, stream: Any = None) -> None:
-        """Return once all that was started on `stream` (a cutp or CuPy stream; by default the current one) has ended.
+    def wait(self, what: Any = None) -> None:
+        """Return once `what` has ended: a CuPy event, or all that was started on a stream (cutp's or CuPy's; by default
+        the current one).
 
-        Not collective. Unlike the stream's own synchronize it looks for failures of NCCL and of peers, and has a
+        Not collective. Unlike their own `synchronize` it looks for failures of NCCL and of peers, and has a
         deadline; after one of these, work that hangs on the GPU is aborted. DeviceError if a kernel failed.
         """
-        self._collectives.wait(stream)
+        self._collectives.wait(what)
 
     def barrier(self) -> None:
         """Return once every rank has called it."""

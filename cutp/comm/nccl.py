@@ -204,13 +204,13 @@ class NcclCollectives:
         if self._transport.size > 1:
             self._linked()
 
-    def wait(self, stream: Any = None) -> None:
-        stream = _current_stream() if stream is None else getattr(stream, "cupy", stream)
+    def wait(self, what: Any = None) -> None:
+        what = _current_stream() if what is None else getattr(what, "cupy", what)
         if self._transport.size > 1:
-            self._linked().wait(stream)
+            self._linked().wait(what)
             return
         try:
-            stream.synchronize()
+            what.synchronize()
         except RuntimeError as error:
             raise DeviceError(f"a kernel or copy on the GPU failed: {error}",
                               hint="CUDA_LAUNCH_BLOCKING=1 shows which one") from error

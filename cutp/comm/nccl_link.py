@@ -136,14 +136,15 @@ class NcclLink:
         if graph is not None:
             self._graphs.add(graph)
 
-    def wait(self, stream: Any) -> None:
-        """Return once all that was started on `stream` has ended.
+    def wait(self, what: Any) -> None:
+        """Return once `what` has ended: an event, or all that was started on a stream.
 
         CommTimeoutError after the deadline, PeerFailedError when a peer reports a failure, CommError when NCCL does;
         NCCL is aborted then, which also ends what hangs on the GPU. DeviceError if a kernel failed.
         """
         self.check()
-        status = self._poll(stream, self._transport.timeout)
+        event = what if isinstance(what, self._cupy.cuda.Event) else self._event(what)
+        status = self._poll(event, self._transport.timeout)
         if status == _CUDA_NOT_READY:
             self._time_out()
         if status != 0:
@@ -152,12 +153,15 @@ class NcclLink:
                               hint="CUDA_LAUNCH_BLOCKING=1 shows which one")
         self._check_nccl()
 
-    def _poll(self, stream: Any, limit: float) -> int:
-        """The status of an event after all that was started on `stream`: not ready, if that lasts `limit` seconds."""
-        # Event.done would be false for ever after an error.
-        query = self._cupy.cuda.runtime.eventQuery
+    def _event(self, stream: Any) -> Any:
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record(stream)
+        return event
+
+    def _poll(self, event: Any, limit: float) -> int:
+        """The status of `event`: not ready, if it does not come within `limit` seconds."""
+        # Event.done would be false for ever after an error.
+        query = self._cupy.cuda.runtime.eventQuery
         began = time.monotonic()
         next_look = began + _LOOK_SECONDS
         while (status := query(event.ptr)) == _CUDA_NOT_READY:
@@ -249,7 +253,7 @@ class NcclLink:
         with suppress(CutpError, RuntimeError), self._device():
             deadline = time.monotonic() + min(limit, t.timeout)
             return not t.failed and all(
-                self._poll(stream, deadline - time.monotonic()) == 0 for stream in self._streams.values()
+                self._poll(self._event(stream), deadline - time.monotonic()) == 0 for stream in self._streams.values()
             )
         return False
 

@@ -5,7 +5,7 @@ a probe on any rank, an exception or a hang, becomes a FAIL line and holds nobod
 """
 
 from cutp.doctor.checks import all_checks
-from cutp.doctor.examine import examine
+from cutp.doctor.examination import examine
 from cutp.doctor.report import EXIT_FAIL, Finding, Report
 
 __all__ = ["EXIT_FAIL", "Finding", "Report", "all_checks", "examine"]

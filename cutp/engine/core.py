@@ -91,7 +91,8 @@ class EngineCore:
         events = self._run(plan.chunks)
         for request, _ in events:
             if request.finish_reason is not None:
-                self.scheduler.finish(request)
+                # One that lost its pages while its last token was drawn waits again.
+                self.scheduler.cancel(request)
                 self.stats.requests_finished += 1
         self.stats.count_step(plan, ready - begin, time.perf_counter() - begin)
         return events

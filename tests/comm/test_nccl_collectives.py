@@ -9,6 +9,7 @@ from cutp.array.graph import Stream, capture
 from cutp.array.scratch import Scratch
 from cutp.comm import nccl_link
 from cutp.errors import ConfigError
+from tests.comm import device_cases
 from tests.comm.collective_cases import BFLOAT16, expected_sum, remainder_first, values
 from tests.comm.fake_nccl import GpuArray, fake_cupy
 
@@ -342,3 +343,10 @@ def test_split_communicators_connect_for_themselves(cupy, run):
         assert [c.destroyed for c in gpu.comms] == ([False, True] if half.size > 1 else [False])
 
     run(3, body)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_cases_for_real_gpus(cupy, run, n, monkeypatch):
+    monkeypatch.setattr(device_cases, "SHAPES", [(), (0,), (3, 5)])
+    digests = run(n, lambda comm, gpu: device_cases.run_all(comm, cupy), timeout=60)
+    assert len(digests[0]) > 100 and all(other == digests[0] for other in digests)

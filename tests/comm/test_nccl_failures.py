@@ -280,6 +280,25 @@ def test_a_call_is_checked_once(cupy):
     assert [result for result, _, _ in outcomes(cupy, 2, body)] == [(0, 1)] * 2
 
 
+def test_waiting_for_an_event_only(cupy):
+    def body(comm, gpu):
+        comm.connect_gpus()
+        total = comm.all_reduce(cupy.upload(np.ones(4, np.float32)))
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.get_current_stream())
+        if comm.rank == 0:
+            comm.all_reduce(cupy.upload(np.ones(4, np.float32)))  # which the other rank does not join yet
+        comm.wait(event)
+        seen = total.view(np.ndarray).tolist()
+        comm.barrier()
+        if comm.rank == 1:
+            comm.all_reduce(cupy.upload(np.ones(4, np.float32)))
+        comm.wait()
+        return seen
+
+    assert [result for result, _, _ in outcomes(cupy, 2, body)] == [[2.0] * 4] * 2
+
+
 # The end
 
 

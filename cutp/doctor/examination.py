@@ -108,7 +108,7 @@ def _probed(job: Job, check: Check, timeout: float) -> dict[str, Any]:
         # The communicator has its own deadline, and its errors say more; the thread is for what hangs elsewhere.
         facts = within(timeout + _LAST_WORDS_SECONDS, work) if _threads_may_use_mpi() else work()
         return {"facts": facts}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if group is not None:
             group.fail(error)  # so that the others do not wait for this rank
         if isinstance(error, CutpError):
