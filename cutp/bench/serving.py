@@ -1,6 +1,6 @@
 """Throughput of the engine with many requests at once.
 
-    mpirun -n 2 python -m cutp.bench.serving [MODEL] --requests 128 --prompt-len 512 --gen-len 128 [--tp N] [--json]
+    mpirun -n 2 python -m cutp.bench.serving [MODEL | --shape NAME] --requests 128 --prompt-len 512 --gen-len 128 [--tp N] [--json]
 
 Random prompts of equal length, all added at once, sampled at temperature 1 without an end token. Reported: output and
 total tokens a second from the first step to the last, the longest and median time of a step, and the host's time to
@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from cutp.bench.shapes import shape_directory
 from cutp.comm import world
 from cutp.engine.llm import LLM
 from cutp.engine.sampling_params import SamplingParams
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--gen-len", type=int, default=128)
+    parser.add_argument("--shape", help="instead of a model: this shape with random weights (see cutp bench)")
     parser.add_argument("--tp", type=int)
     parser.add_argument("--dtype")
     parser.add_argument("--device", default="auto")
@@ -62,10 +64,14 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.requests, args.prompt_len, args.gen_len) < 1:
         raise ConfigError("--requests, --prompt-len and --gen-len must be at least 1")
-    with world() as comm, LLM(args.model, comm, args.tp, args.device, args.dtype) as llm:
-        measure(llm, min(4, args.requests), min(16, args.prompt_len), 4, seed=1)
-        result = measure(llm, args.requests, args.prompt_len, args.gen_len)
-        if llm.is_root:
+    with world() as comm, shape_directory(args.shape, None) as directory:
+        options = {} if directory is None else {"random_weights": True, "max_len": args.prompt_len + args.gen_len,
+                                                "kv_tokens": args.requests * (args.prompt_len + args.gen_len + 128)}
+        llm = LLM(directory or args.model, comm, args.tp, args.device, args.dtype, **options)
+        with llm:
+            measure(llm, args.requests, min(16, args.prompt_len), min(4, args.gen_len), seed=1)
+            result = measure(llm, args.requests, args.prompt_len, args.gen_len)
+        if comm.rank == 0:
             if args.json:
                 print(json.dumps(result))
             else:

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from cutp.bench.shapes import shape_directory
     from cutp.comm import world
     from cutp.errors import ConfigError
+    from cutp.kv_cache.params import PAGE_SIZE
 
     if args.shape is not None and args.model is not None:
         raise ConfigError("a MODEL and a --shape were given", hint="give one of them")
@@ -46,10 +47,14 @@ def run(args: argparse.Namespace) -> None:
     with world() as comm, shape_directory(args.shape, args.layers) as directory:
         if directory is not None:
             args.model, args.random_weights = directory, True
+        # The first prompts of a large batch generate while the last ones are computed.
+        longest = max(args.prompt_len) + args.gen_len + 64 + max(args.batch)
         if args.max_len is None and args.shape is not None:
-            # A short cache beyond what is measured, for requests that generate while others are still prefilled.
-            args.max_len = max(args.prompt_len) + args.gen_len + 64 + max(args.batch)
-        with open_llm(args, comm, random_weights=args.random_weights) as llm:
+            args.max_len = longest
+        options = {}
+        if args.kv_memory is None:
+            options["kv_tokens"] = max(args.batch) * (longest + 2 * PAGE_SIZE)
+        with open_llm(args, comm, random_weights=args.random_weights, **options) as llm:
             phases = start_up(llm, begin)
             limits = bench.limits(llm)
             cases = []

@@ -93,17 +93,17 @@ class NcclLink:
 
     def _warm_up(self) -> None:
         cupy, nccl, comm, size = self._cupy, self.nccl, self._comm, self._transport.size
-        stream = cupy.cuda.Stream(non_blocking=True)
-        with stream:
-            data = cupy.empty(max(*_WARM_UP_SIZES, 8 * size), np.float32)
-            data[...] = 0
-            start = address(data)
-            for count in _WARM_UP_SIZES:
-                comm.allReduce(start, start, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
-            own = start + 32 * self._transport.rank
-            comm.allGather(own, start, 8, nccl.NCCL_FLOAT32, stream.ptr)
-            comm.reduceScatter(start, own, 8, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
-            comm.broadcast(start, start, 8, nccl.NCCL_FLOAT32, 0, stream.ptr)
+        # The default stream: CuPy keeps what a stream of its own would have used for that stream alone.
+        stream = cupy.cuda.get_current_stream()
+        data = cupy.empty(max(*_WARM_UP_SIZES, 8 * size), np.float32)
+        data[...] = 0
+        start = address(data)
+        for count in _WARM_UP_SIZES:
+            comm.allReduce(start, start, count, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
+        own = start + 32 * self._transport.rank
+        comm.allGather(own, start, 8, nccl.NCCL_FLOAT32, stream.ptr)
+        comm.reduceScatter(start, own, 8, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, stream.ptr)
+        comm.broadcast(start, start, 8, nccl.NCCL_FLOAT32, 0, stream.ptr)
         stream.synchronize()
 
     # -- use -------------------------------------------------------------------------------------------

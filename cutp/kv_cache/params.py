@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cutp.comm.partition import split_heads
 from cutp.errors import ConfigError
+from cutp.ops.latent_cuda import max_channels
+from cutp.ops.launch_arguments import ATTENTION_HEAD_DIMS, VECTOR_BYTES, vector_width
 
 PAGE_SIZE = 64
 
@@ -42,6 +44,21 @@ class KVCacheParams:
         if self.latent and self.n_kv_heads != 1:
             raise ConfigError(f"KVCacheParams: a latent cache has one head that all others share, not "
                               f"{self.n_kv_heads}")
+
+    def for_kernels(self) -> KVCacheParams:
+        """The cache of the same model on a GPU, where heads may have to be longer by zeros.
+
+        ConfigError, naming what is possible, for heads or latents that the attention kernels cannot be given.
+        """
+        width = vector_width(np.dtype(self.dtype))
+        most = max_channels(self.dtype) if self.latent else ATTENTION_HEAD_DIMS[-1]
+        if self.head_dim % width or self.head_dim > most:
+            what = "latents of the cache" if self.latent else "attention heads"
+            raise ConfigError(f"{what} of {self.head_dim} {np.dtype(self.dtype)} elements do not run on a GPU; they need "
+                              f"a multiple of {width} ({VECTOR_BYTES} bytes), at most {most}", hint="use device=\"cpu\"")
+        if self.latent:
+            return self
+        return replace(self, head_dim=next(dim for dim in ATTENTION_HEAD_DIMS if dim >= self.head_dim))
 
     @property
     def planes(self) -> int:

@@ -32,6 +32,7 @@ static_assert(key_parts >= 1 && value_parts % 2 == 0 && row_vectors % 8 == 0, "w
 struct Arguments {
     const scalar_t *q, *pages;
     const int* lookup_table;
+    const i64* table_rows;
     const uint4* plan;
     scalar_t* out;
     float* partials;
@@ -85,7 +86,8 @@ __device__ __forceinline__ void load_queries(const Arguments& a, const Task& tas
 }
 
 __device__ __forceinline__ void look_up_groups(const Arguments& a, const Task& task, Shared& shared) {
-    const int* pages = a.lookup_table + static_cast<i64>(task.request) * a.max_pages;
+    const i64 row = a.table_rows == nullptr ? task.request : load_activation_element(a.table_rows + task.request);
+    const int* pages = a.lookup_table + row * a.max_pages;
     for (int i = threadIdx.x; i * group_keys < task.last - task.first; i += threads) {
         const int key = task.first + i * group_keys, page = load_activation_element(pages + key / a.page_size);
         shared.row_of_group[i] = page * a.page_size + key % a.page_size;
@@ -264,15 +266,17 @@ __device__ __forceinline__ int tasks_of(const Arguments& a) {
 }
 
 // out[b] [heads, 512] = attention of q[b] [heads, 576] over the tokens that the plan gives to request b; results of
-// requests with several splits go to `partials` instead. pages: [P, page_size, 576]; lookup_table: [batch, max_pages];
+// requests with several splits go to `partials` instead. pages: [P, page_size, 576]; lookup_table: [.., max_pages], of
+// which request b has row table_rows[b], or b where that is null;
 // plan: 1 + capacity items. A score times exponent_factor is an exponent of 2.
 extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
-latent_decode(const scalar_t* q, const scalar_t* pages, const int* lookup_table, const int* kv_lengths,
+latent_decode(const scalar_t* q, const scalar_t* pages, const int* lookup_table, const i64* table_rows,
+              const int* kv_lengths,
               const uint4* plan, scalar_t* out, float* partials, int batch, int capacity, int max_pages, int page_size,
               int heads, float exponent_factor) {
     __shared__ Shared shared;
-    const Arguments a = {q,        pages,     lookup_table, plan,  out,            partials,
-                         capacity, max_pages, page_size,    heads, exponent_factor};
+    const Arguments a = {q,        pages,     lookup_table, table_rows, plan,           out,
+                         partials, capacity,  max_pages,    page_size,  heads, exponent_factor};
     unsigned char* const memory = dynamic_shared();
     unsigned char* const weights = memory + HEADS * row_bytes + 2 * stage_bytes;
     const u32 queries = shared_address(memory), stages = queries + HEADS * row_bytes;

@@ -41,17 +41,21 @@ class LatentDecodeWorkspace:
     partials: tuple[int, ...]
 
 
-def latent_decode_workspace(batch: int, max_length: int, n_heads: int) -> LatentDecodeWorkspace:
-    """What `batch` requests of up to `max_length` tokens each need; heads are those of this rank."""
-    most = max(1, min(-(-max_length // _GRANULE), _target_splits(n_heads)), -(-max_length // _MAX_SPLIT))
+def latent_decode_workspace(batch: int, max_length: int, n_heads: int, *, whole: bool = False) -> LatentDecodeWorkspace:
+    """What `batch` requests of up to `max_length` tokens each need; heads are those of this rank.
+
+    whole: requests are so many that only those longer than 2048 tokens are divided.
+    """
+    most = max(1, min(-(-max_length // _GRANULE), _target_splits(n_heads, whole)), -(-max_length // _MAX_SPLIT))
     return LatentDecodeWorkspace(plan=(1 + batch * most, 4), partials=(batch * most * n_heads * (VALUE_DIM + 2),))
 
 
-def latent_decode_plan(kv_lengths: Any, n_heads: int, *, plan: Any, pdl: bool = False) -> None:
+def latent_decode_plan(kv_lengths: Any, n_heads: int, *, whole: bool = False, plan: Any, pdl: bool = False) -> None:
     """Lists in `plan` what `latent_decode_attention` has to do in this step.
 
     kv_lengths: int32 [B], tokens of each request in the cache, the new one included; 0 for a row that only pads the
-    batch. plan: int32 [1 + items, 4], of the shape that `latent_decode_workspace` gives. ConfigError otherwise.
+    batch. plan: int32 [1 + items, 4], of the shape that `latent_decode_workspace` gives for this `whole`. ConfigError
+    otherwise.
     """
     op = "latent_decode_plan"
     check_axes(op, "kv_lengths", kv_lengths, "B")
@@ -63,29 +67,31 @@ def latent_decode_plan(kv_lengths: Any, n_heads: int, *, plan: Any, pdl: bool = 
         raise ConfigError(f"{op}: a plan of {capacity} items for {batch} requests of {n_heads} heads")
     launch("decode_plan.cu", "decode_plan", 1, _PLAN_THREADS,
            [kv_lengths, plan, np.int32(batch), np.int32(capacity), np.int32(_NO_WINDOW),
-            np.int32(_target_splits(n_heads))], pdl=pdl)
+            np.int32(_target_splits(n_heads, whole))], pdl=pdl)
 
 
 def latent_decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, *,
-                            partials: Any, blocks: int, out: Any, pdl: bool = False) -> None:
+                            table_rows: Any = None, whole: bool = False, partials: Any, blocks: int, out: Any,
+                            pdl: bool = False) -> None:
     """out[b] = attention of q[b], the newest token of request b, over the latents of all tokens of the request.
 
     q: [B, H, 576], absorbed queries next to rotated ones, bfloat16 or float16; pages: [P, 1, 1, S, 576] of the same
     dtype, S a multiple of 16; out: [B, H, 512], still to be multiplied by W_v. lookup_table: int32 [B, pages of the
-    longest request], in which page numbers count only as far as a request is long. kv_lengths: as given to
-    `latent_decode_plan`; rows of length 0 become zeros. partials: see `latent_decode_workspace`. blocks: of the grid,
+    longest request], in which page numbers count only as far as a request is long; with table_rows, int64 [B], any
+    number of rows of which request b has row table_rows[b] (not checked): then the requests can be the tokens of a
+    prompt. kv_lengths, whole: as given to `latent_decode_plan`; rows of length 0 become zeros. partials: see `latent_decode_workspace`. blocks: of the grid,
     of any effect on the time only; best is `blocks_per_multiprocessor` times the number of multiprocessors.
 
     All arrays are contiguous. The result of a row has the same bits whatever the other rows are. ConfigError otherwise.
     """
     batch, n_heads, page_size = _check("latent_decode_attention", q, pages, lookup_table, kv_lengths, plan, scale,
-                                       partials, blocks, out)
+                                       table_rows, whole, partials, blocks, out)
     if batch == 0 or n_heads == 0:
         return
     heads, capacity = _task_heads(n_heads), plan.shape[0] - 1
     defines = (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEADS={heads}")
     launch("latent_decode.cu", "latent_decode", blocks, _threads(heads),
-           [q, pages, lookup_table, kv_lengths, plan, out, partials, np.int32(batch), np.int32(capacity),
+           [q, pages, lookup_table, table_rows, kv_lengths, plan, out, partials, np.int32(batch), np.int32(capacity),
             np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_heads), np.float32(scale * _LOG2_E)],
            shared_bytes=_shared_bytes(heads), defines=defines, pdl=pdl)
     launch("latent_decode.cu", "latent_merge", 2 * blocks, _MERGE_THREADS,
@@ -97,10 +103,10 @@ def blocks_per_multiprocessor(n_heads: int) -> int:
     return 1 if _task_heads(n_heads) == 64 else 2
 
 
-def _target_splits(n_heads: int) -> int:
+def _target_splits(n_heads: int, whole: bool) -> int:
     """How many splits a long request has. A partial result of a head is as much memory as two of its keys, so many
     heads have long splits; a request alone should still occupy a large GPU."""
-    return 64 if n_heads <= 32 else 32
+    return 1 if whole else 64 if n_heads <= 32 else 32
 
 
 def _task_heads(n_heads: int) -> int:
@@ -116,8 +122,8 @@ def _shared_bytes(heads: int) -> int:
     return (heads + 2 * _KEYS) * CHANNELS * 2 + heads * (_KEYS * 2 + 16)
 
 
-def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, partials: Any,
-           blocks: int, out: Any) -> tuple[int, int, int]:
+def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float,
+           table_rows: Any, whole: bool, partials: Any, blocks: int, out: Any) -> tuple[int, int, int]:
     """Requests, heads and tokens a page; ConfigError, naming the argument, if an array does not fit."""
     check_dtype(op, "q", q, ("bfloat16", "float16"))
     check_axes(op, "q", q, "B, H, 576")
@@ -129,7 +135,10 @@ def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan
     n_pages, page_size, max_pages = pages.shape[0], pages.shape[3], lookup_table.shape[1]
     check_array(op, "q", q, (batch, n_heads, CHANNELS))
     check_array(op, "pages", pages, (n_pages, 1, 1, page_size, CHANNELS), q.dtype)
-    check_array(op, "lookup_table", lookup_table, (batch, max_pages), np.int32)
+    if table_rows is not None:
+        check_array(op, "table_rows", table_rows, (batch,), np.int64)
+    check_array(op, "lookup_table", lookup_table, (batch if table_rows is None else lookup_table.shape[0], max_pages),
+                np.int32)
     check_array(op, "kv_lengths", kv_lengths, (batch,), np.int32)
     check_array(op, "plan", plan, (plan.shape[0], 4), np.int32)
     check_array(op, "partials", partials, partials.shape, np.float32)
@@ -142,7 +151,7 @@ def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan
     if blocks < 1:
         raise ConfigError(f"{op}: blocks is {blocks}")
     capacity = plan.shape[0] - 1
-    needed = latent_decode_workspace(batch, max_pages * page_size, n_heads).plan[0] - 1
+    needed = latent_decode_workspace(batch, max_pages * page_size, n_heads, whole=whole).plan[0] - 1
     if capacity < needed:
         raise ConfigError(f"{op}: plan has room for {capacity} items; {batch} requests of up to "
                           f"{max_pages * page_size} tokens may need {needed}")

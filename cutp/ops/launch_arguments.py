@@ -9,6 +9,8 @@ from cutp.errors import ConfigError
 # The macro DTYPE of a kernel file, by the name of the arrays' dtype.
 DTYPE_DEFINES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 VECTOR_BYTES = 16  # of one memory access
+# Of the attention kernels; heads of other sizes are made longer by zeros.
+ATTENTION_HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_ROWS = 2**31 - 1  # blocks along x, and what an int of a kernel holds
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 
 from cutp import LLM, SamplingParams
@@ -243,7 +244,7 @@ def test_module_and_command_are_the_same(tmp_path, greedy):
     assert helps[0] == helps[1] and helps[0].startswith("usage: cutp ")
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "info"])
+@pytest.mark.parametrize("command", ["generate", "score", "perplexity", "embed", "info"])
 def test_help_ends_with_an_example_that_runs(cli, command, tmp_path):
     done = cli(command, "--help")
     last = done.out.rstrip("\n").split("\n")[-1]
@@ -267,6 +268,10 @@ def test_help_ends_with_an_example_that_runs(cli, command, tmp_path):
         assert ran.stdout.startswith(ONCE) and len(ran.stdout) > 60
     elif command == "score":
         assert json.loads((tmp_path / "scores.jsonl").read_text())["id"] == 1
+    elif command == "perplexity":
+        assert ran.stdout.count("\n") == 3 and ran.stdout.split("\n")[1].endswith(" tale.txt")
+    elif command == "embed":
+        assert np.load(tmp_path / "vectors.npy").shape == (1, 256)
     else:
         assert "LlamaForCausalLM" in ran.stdout
 

@@ -1,12 +1,16 @@
 """`cutp score`: the lines it writes, and the lines it refuses."""
 
+import gzip
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
 
-from cutp import LLM
+from cutp import LLM, run_threads
+from cutp.cli.json_lines import JsonLines
+from cutp.errors import RequestError
 from tests.cli.conftest import TALES
 
 TEXTS = ["Once upon a time there was a king.", "The wolf said: \u201cLet me in!\u201d", "a"]
@@ -51,6 +55,93 @@ def test_text_and_token_ids_agree(score, expected):
     _, [by_text, by_ids] = score(TALES, [{"id": 1, "text": TEXTS[0]}, {"id": 2, "token_ids": ids}])
     assert by_text["token_ids"] == by_ids["token_ids"] == ids
     np.testing.assert_allclose(by_text["logprobs"][1:], by_ids["logprobs"][1:], rtol=0, atol=1e-5)
+
+
+PAIRS = [("The king", " of the"), ("", "rain"), ([1, 340], [497, 293]), ([], [5])]
+
+
+def test_continuations(score):
+    done, written = score(TALES, [{"id": i, "context": context, "continuation": continuation}
+                                  for i, (context, continuation) in enumerate(PAIRS)] + [{"id": 4, "text": TEXTS[0]}])
+    with LLM() as llm:
+        *expected, text = llm.score([*PAIRS, TEXTS[0]])
+    assert done.code == 0 and list(written[4]) == ["id", "token_ids", "logprobs", "perplexity"]
+    assert written[4]["logprobs"] == list(text.logprobs)
+    assert written[:4] == [
+        {"id": i, "context_token_ids": list(output.context_token_ids), "token_ids": list(output.token_ids),
+         "logprobs": list(output.logprobs), "logprob": output.logprob, "is_greedy": output.is_greedy}
+        for i, output in enumerate(expected)]
+    assert written[0]["is_greedy"] and not written[1]["is_greedy"]
+
+
+def test_the_last_token_of_a_continuation_is_only_predicted(score, tiny):
+    done, [line] = score(tiny("mha"), [{"id": 1, "context": [5] * 120, "continuation": [6] * 9}])
+    assert done.code == 0 and len(line["logprobs"]) == 9
+    score(tiny("mha"), [{"id": 1, "context": [5] * 121, "continuation": [6] * 9}])[0].assert_error(2, "130 tokens")
+
+
+@pytest.mark.parametrize("size", [1, 100, 10**9])
+def test_chunks(score, monkeypatch, size):
+    lines = [{"id": i, "token_ids": [1, 2 + i]} for i in range(12)]
+    _, expected = score(TALES, lines)
+    calls = []
+    whole = LLM.score
+    monkeypatch.setattr(LLM, "score", lambda self, values, **names: calls.append(len(values))
+                        or whole(self, values, **names))
+    done, written = score(TALES, lines, "--chunk-bytes", size)
+    assert done.code == 0 and [line["id"] for line in written] == list(range(12))
+    for one, other in zip(written, expected, strict=True):
+        np.testing.assert_allclose(one["logprobs"][1:], other["logprobs"][1:], atol=1e-5)
+    assert calls == {1: [1] * 12, 100: [4] * 3, 10**9: [12]}[size]
+
+
+def test_an_error_in_a_later_chunk_leaves_nothing(score):
+    lines = [{"id": 1, "token_ids": [5, 6]}] * 5 + [{"id": 2, "token_ids": [4096]}]
+    done, written = score(TALES, lines, "--chunk-bytes", "1")
+    done.assert_error(2, "line 6 of", "4096")
+    assert written is None
+
+
+def test_gzip(score, expected):
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+    done, written = score(TALES, gzip.compress(lines))
+    assert done.code == 0 and [line["token_ids"] for line in written] == [list(output.token_ids) for output in expected]
+    packed = gzip.compress(lines)
+    for damaged in (packed[:-9], packed[:-8] + b"wrong sum", packed[:60]):
+        score(TALES, damaged)[0].assert_error(2, "in.jsonl is damaged after line")
+
+
+def test_a_line_without_end(score, monkeypatch):
+    monkeypatch.setattr("cutp.cli.json_lines.MAX_LINE_BYTES", 100)
+    assert score(TALES, b'{"id": 1, "text": "a"}'.ljust(99) + b"\n")[0].code == 0
+    score(TALES, b'{"id": 1, "text": "a"}\n' + b'{"id": 1, "text": "a"}'.ljust(101) + b"\n")[0].assert_error(
+        2, "line 2 of", "longer than 100 bytes")
+
+
+def test_a_pipe(cli, tmp_path):
+    """It can be read only once, and opened only once."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(GOOD * 3))
+    writer.start()
+    done = cli("score", TALES, tmp_path / "pipe", "-o", tmp_path / "out")
+    writer.join()
+    assert done.code == 0 and len((tmp_path / "out").read_text().splitlines()) == 3
+
+
+def test_ranks_agree_on_chunks_and_errors(tmp_path):
+    """Every rank takes the same number of chunks, and all raise what rank 0 met."""
+    source = tmp_path / "in.jsonl"
+    for last, error in ((GOOD, None), (b"not json\n", "line 6 of .* is not JSON")):
+        source.write_bytes(GOOD * 5 + last)
+
+        def rank_main(comm):
+            return [chunk and len(chunk) for chunk in JsonLines(str(source), need_id=True).chunks(comm, 80)]
+
+        if error is None:
+            assert run_threads(2, rank_main, timeout=20) == [[3, 3], [None, None]]
+        else:
+            with pytest.raises(RequestError, match=error):
+                run_threads(2, rank_main, timeout=20)
 
 
 def test_one_token(score):
@@ -99,6 +190,14 @@ GOOD = b'{"id": 1, "token_ids": [1, 2]}\n'
     (b'{"text": "a"}', 'is not an object with an "id"'),
     (b'{"id": 1}', 'needs either "text" or "token_ids"'),
     (b'{"id": 1, "text": "a", "token_ids": [1]}', 'needs either "text" or "token_ids"'),
+    (b'{"id": 1, "text": "a", "continuation": "b"}', 'or "context" and "continuation"'),
+    (b'{"id": 1, "continuation": "b"}', 'needs both "context" and "continuation"'),
+    (b'{"id": 1, "context": "b"}', 'needs both "context" and "continuation"'),
+    (b'{"id": 1, "context": "b", "continuation": ""}', '"continuation" must be a string or a list of integers that'),
+    (b'{"id": 1, "context": null, "continuation": "a"}', '"context" must be a string or a list of integers'),
+    (b'{"id": 1, "context": [1], "continuation": [true]}', '"continuation" must be a string or a list of integers'),
+    (b'{"id": 1, "context": [1], "continuation": "a"}', "must both be text or both be token ids"),
+    (b'{"id": 1, "context": [1], "continuation": [4096]}', "token id 4096 is not in 0 .. 4095"),
     (b'{"id": 1, "text": 5}', '"text" must be a string'),
     (b'{"id": 1, "text": null}', '"text" must be a string'),
     (b'{"id": 1, "text": ""}', '"text" must be a string that is not empty'),

@@ -20,7 +20,7 @@ def check(gpu, comm, got, parts_sum, what, addends=None):
     assert got.dtype == want.dtype and got.shape == want.shape, (what, got.dtype, got.shape, want.dtype, want.shape)
     if addends is None or comm.size <= 2 or want.dtype.kind in "iu":
         bad = np.flatnonzero(got.reshape(-1).view(np.uint8) != want.reshape(-1).view(np.uint8))
-        assert not len(bad), (what, len(bad), got.reshape(-1)[bad[0] // got.itemsize], want.reshape(-1)[bad[0] // got.itemsize])
+        assert not len(bad), (what, len(bad), [x.reshape(-1)[bad[0] // got.itemsize] for x in (got, want)])
     else:
         step = 2.0 ** -{"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[want.dtype.name]
         scale = np.sum([np.abs(x.astype(np.float64)) for x in addends], axis=0)
@@ -80,7 +80,9 @@ def copies(comm, gpu):
 def graphs(comm, gpu):
     """Sums, gathers of equal and unequal parts and overlapped sums, captured once and replayed on new data."""
     n, rows = comm.size, 5
-    x = gpu.upload(np.zeros((rows, 64), BFLOAT16))
+    stream = Stream()
+    with stream:
+        x = gpu.upload(np.zeros((rows, 64), BFLOAT16))
     total, late, joined = gpu.empty(x.shape, BFLOAT16), gpu.empty(x.shape, BFLOAT16), gpu.empty((n, rows, 64), BFLOAT16)
     sizes = [2] + [1] * (n - 1)
     uneven = gpu.empty((n + 1, 64), BFLOAT16)
@@ -92,7 +94,6 @@ def graphs(comm, gpu):
         comm.all_gather(x[: sizes[comm.rank]], 0, sizes=sizes, out=uneven)
         pending.wait()
 
-    stream = Stream()
     with stream:
         step()
         comm.wait(stream)

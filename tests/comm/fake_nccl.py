@@ -350,7 +350,8 @@ class FakeCupy:
     def _device(self, index):
         before = getattr(_thread, "gpu", None)
         _thread.gpu = self.gpus[index]
-        _thread.streams = getattr(_thread, "streams", [])
+        if not getattr(_thread, "streams", None):
+            _thread.streams = [self._stream()]
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_a_hang_on_one_rank(hang):
 
 def test_what_hangs_is_not_tried_again(hang):
     checks = [good("gpu"), good("kernel", needs=("gpu",)), good("host")]
-    stuck = Check("copy", lambda job: hang(30) if job.rank == 1 else 0, lambda job, facts: ok("copy", ""), needs=("gpu",))
+    stuck = replace(on_rank_1(lambda: hang(30)), name="copy", needs=("gpu",))
     report = run(checks[0], stuck, *checks[1:], timeout=0.4)
     assert [(f.name, f.status) for f in report.findings] == [("gpu", "OK"), ("copy", "FAIL"), ("kernel", "WARN"),
                                                             ("host", "OK")]
@@ -140,8 +141,8 @@ def reduce(job):
 
 
 def collective(act):
-    return Check("sum", lambda job: act(job) if job.rank == 1 else reduce(job), lambda job, facts: ok("sum", f"{facts}"),
-                 collective=True)
+    return Check("sum", lambda job: act(job) if job.rank == 1 else reduce(job),
+                 lambda job, facts: ok("sum", f"{facts}"), collective=True)
 
 
 def test_a_collective_check_has_a_group_of_its_own():

@@ -74,6 +74,25 @@ def test_bad_requests_leave_results_unchanged(llm):
     assert llm.score(GOOD) == scores
 
 
+def test_a_thousand_bad_requests_between_good_ones(llm):
+    """Added requests go on step by step while bad ones are refused around them."""
+    expected = tokens(llm.generate(GOOD, GREEDY))
+    bad = [(prompts, params) for prompts, params, _ in BAD.values()]
+    refused, found = 0, {}
+    while refused < 1000:
+        for key, prompt in enumerate(GOOD):
+            llm.add_request(prompt, GREEDY, request_id=key)
+        while llm.has_unfinished:
+            prompts, params = bad[refused % len(bad)]
+            for call in (llm.generate, llm.stream):
+                with pytest.raises(RequestError):
+                    call(prompts, params)
+                refused += 1
+            found.update({event.index: event.output.token_ids for event in llm.step() if event.output})
+        assert [found.pop(key) for key in range(len(GOOD))] == expected
+    assert llm.memory()["cache_tokens_in_use"] == 0
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_bad_requests_are_refused_on_every_rank(tiny, n):
     def rank_main(comm):

@@ -70,6 +70,13 @@ def test_a_device_holds_weights_in_their_own_dtype(device):
     assert storage() is device
 
 
+def test_bytes_are_those_of_what_is_there():
+    weight = Weight((3, 5), BF16, padding=Padding(1))
+    with DeviceStorage(EmulatedMemory()).use():
+        weight.store(np.ones((3, 5), F32))
+    assert weight.held_bytes == 3 * 8 * 2  # on a device, although the storage in use is the host's again
+
+
 def test_the_storage_ends_with_its_block():
     with pytest.raises(ZeroDivisionError), DeviceStorage(EmulatedMemory()).use():
         raise ZeroDivisionError

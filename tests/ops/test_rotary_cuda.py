@@ -271,7 +271,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements(device):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"qkv": np.zeros((3, 256), np.float64)}, "qkv has dtype float64; it needs bfloat16, float16, float32"),
-    ({"qkv": np.zeros((3, 255), np.float32)}, r"qkv has shape \(3, 255\); it needs \(3, 256\)"),
+    ({"qkv": np.zeros((3, 255), np.float32)}, r"qkv has shape \(3, 255\); it needs \(3, 252\)"),
     ({"qkv": np.zeros((3, 512), np.float32)[:, ::2]}, "qkv of shape .* is not contiguous"),
     ({"qkv": np.zeros((3, 4, 64), np.float32)}, r"qkv has shape \(3, 4, 64\); it needs \[T, \(Hq"),
     ({"cos": np.zeros(32, np.float32)}, r"cos has shape \(32,\); it needs \[T, R/2\]"),
@@ -288,7 +288,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements(device):
     ({"pages": np.zeros((2, 2, 1, 16, 64), np.float16)}, "pages has dtype float16; it needs float32"),
     ({"pages": np.zeros((4, 2, 1, 16, 64), np.float32)[::2]}, "pages of shape .* is not contiguous"),
     ({"pages": np.broadcast_to(np.zeros(64, np.float32), (2**28, 2, 1, 16, 64))}, "is not contiguous"),
-    ({"q_out": np.zeros((3, 128), np.float32)}, r"q_out has shape \(3, 128\); it needs \[T, Hq, D\]"),
+    ({"q_out": np.zeros((3, 128), np.float32)}, r"q_out has shape \(3, 128\); it needs \[T, Hq, W\]"),
     ({"q_out": np.zeros((2, 2, 64), np.float32)}, r"q_out has shape \(2, 2, 64\); it needs \(3, 2, 64\)"),
     ({"q_out": np.zeros((3, 2, 64), np.float16)}, "q_out has dtype float16; it needs float32"),
 ])
