@@ -108,7 +108,7 @@ class MpiTransport(Transport):
             _kept_to_the_end.append((notice, request))
 
     def known_failure(self) -> dict[str, Any] | None:
-        if self._failure_record is None and not self.closed:
+        if self._failure_record is None and not self.closed and not MPI.Is_finalized():
             message = self.mpi_comm.Improbe(MPI.ANY_SOURCE, _FAILURE_TAG, status := MPI.Status())
             if message is not None:
                 notice = bytearray(status.Get_count(MPI.BYTE))

@@ -206,8 +206,8 @@ class NcclCollectives:
 
     def wait(self, what: Any = None) -> None:
         what = _current_stream() if what is None else getattr(what, "cupy", what)
-        if self._transport.size > 1:
-            self._linked().wait(what)
+        if self._link is not None:
+            self._link.wait(what)
             return
         try:
             what.synchronize()

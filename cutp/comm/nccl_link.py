@@ -10,11 +10,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,8 +85,7 @@ class NcclLink:
         create = self.nccl.NcclCommunicator
         self._comm = self._guarded("connecting", lambda: create(t.size, uid, t.rank))
         _links.add(self)
-        atexit.unregister(_leave_at_exit)
-        atexit.register(_leave_at_exit)
+        _prepare_exit()
         try:
             self._guarded("a first exchange", self._warm_up)
         except BaseException:
@@ -239,7 +240,7 @@ class NcclLink:
         if self._comm is not None and not self._has_ended(limit):
             self.abort()
         graphs = list(self._graphs)
-        if graphs and not self._start(lambda: [graph.close() for graph in graphs]).wait(limit):
+        if graphs and not self._start(lambda: _close_all(graphs)).wait(limit):
             log.warning("graphs that hold NCCL calls could not be closed on %s", self._where())
             self.abort()
         comm, self._comm = self._comm, None
@@ -298,7 +299,11 @@ class _Task:
         self._done = threading.Event()
         self._value: Any = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="cutp NCCL", daemon=True).start()
+        try:
+            _start_thread(self._run)
+        except RuntimeError:
+            # At its end Python (from 3.12 on) starts no threads. One task after the other will have to do.
+            _reserve.put(self._run)
 
     def _run(self) -> None:
         try:
@@ -319,10 +324,35 @@ class _Task:
         return self._value
 
 
+_reserve: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+
+def _start_thread(run: Callable[[], None]) -> None:
+    threading.Thread(target=run, name="cutp NCCL", daemon=True).start()
+
+
+def _run_reserve() -> None:
+    while True:
+        _reserve.get()()
+
+
+@lru_cache(maxsize=1)
+def _prepare_exit() -> None:
+    """Once a process: a thread is there and this is known before the interpreter ends."""
+    _start_thread(_run_reserve)
+    atexit.register(_leave_at_exit)
+
+
 def _leave_at_exit() -> None:
     # CuPy's finaliser would destroy what is left, and wait for peers and a driver that may be gone.
     for link in list(_links):
         link.close(_ABORT_SECONDS)
+
+
+def _close_all(graphs: Sequence[Graph]) -> None:
+    for graph in graphs:
+        with suppress(CutpError, RuntimeError):  # the GPU may be broken
+            graph.close()
 
 
 def _describe_card(cupy: Any) -> dict[str, Any]:

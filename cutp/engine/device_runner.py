@@ -17,9 +17,8 @@ from cutp.engine.device_scores import DeviceScores
 from cutp.engine.runner import MAX_LOGITS, ModelRunner, Scored
 from cutp.engine.scheduler import Chunk
 from cutp.kv_cache.paged import PagedKVCache
-from cutp.nn.device_batch import AttentionShape, DecodeWorkspace, RotaryTables, upload_batch
+from cutp.nn.device_batch import RotaryTables, attention_shape, upload_batch
 from cutp.nn.distributed_transformer import DistributedTransformer
-from cutp.ops.decode_attention_cuda import BLOCKS_PER_MULTIPROCESSOR
 
 
 class DeviceRunner(ModelRunner):
@@ -36,11 +35,10 @@ class DeviceRunner(ModelRunner):
         self.stream = stream
         self.scratch = Scratch(memory)
         self.dtype = cache.blocks[0].dtype
-        self.shape = AttentionShape.of(layer.self_attn.shards[0] for layer in model.layers)
-        blocks = multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        self.shape = attention_shape((layer.self_attn.shards[0] for layer in model.layers), cache.params)
         # Captured batches are padded to their size.
-        self.workspace = DecodeWorkspace(memory, self.shape, batch_size(max_running), max_pages,
-                                         cache.params.page_size, blocks)
+        self.workspace = self.shape.workspace(memory, batch_size(max_running), max_pages, cache.params.page_size,
+                                              multiprocessors, self.dtype)
         self.frequencies = RotaryTables(memory)
         self.scores = DeviceScores(memory, comm)
         # Tables of such embeddings are made anew for every batch, which a captured graph cannot do.

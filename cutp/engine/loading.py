@@ -41,6 +41,7 @@ from cutp.models.load import check_weights, load_weights
 from cutp.models.random_weights import randomize_weights
 from cutp.models.registry import ModelFamily, find_family
 from cutp.models.weight_reader import LoadReport
+from cutp.nn.device_limits import fit_to_kernels
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.storage import DeviceStorage
 
@@ -161,6 +162,9 @@ def open_model(path: Path, replicas: Replicas, device: DeviceRef, dtype: np.dtyp
     memory = CudaMemory(device.id) if device.is_gpu() else None
     if memory is None:
         check_weights_fit(model, replicas.comm)
+    else:
+        with DeviceStorage(memory).use():
+            fit_to_kernels(model)
     return LoadedModel(path, family, model, tokenizer, ChatTemplate.load(path), defaults, max_len, dtype, checkpoint,
                        memory)
 

@@ -54,8 +54,9 @@ class KVCacheParams:
         most = max_channels(self.dtype) if self.latent else ATTENTION_HEAD_DIMS[-1]
         if self.head_dim % width or self.head_dim > most:
             what = "latents of the cache" if self.latent else "attention heads"
-            raise ConfigError(f"{what} of {self.head_dim} {np.dtype(self.dtype)} elements do not run on a GPU; they need "
-                              f"a multiple of {width} ({VECTOR_BYTES} bytes), at most {most}", hint="use device=\"cpu\"")
+            raise ConfigError(f"{what} of {self.head_dim} {np.dtype(self.dtype)} elements do not run on a GPU; they "
+                              f"need a multiple of {width} ({VECTOR_BYTES} bytes), at most {most}",
+                              hint="use device=\"cpu\"")
         if self.latent:
             return self
         return replace(self, head_dim=next(dim for dim in ATTENTION_HEAD_DIMS if dim >= self.head_dim))

@@ -15,7 +15,7 @@ import numpy as np
 from cutp.nn.module import Weight
 from cutp.nn.storage import Lane, Storage, storage
 
-# Of one piece, as it is stored. A read of this size runs at full speed, and there are two buffers a thread.
+# Of one piece, as it is held. A read of this size runs at full speed, and there are two buffers a thread.
 PIECE_BYTES = 16 << 20
 
 # Makes rows (start, stop) of a weight's share; the result may lie in the buffer.
@@ -56,7 +56,8 @@ def fill_weights(fills: Sequence[Fill], threads: int, progress: Callable[[int], 
     size = PIECE_BYTES
     for fill in fills:
         fill.weight.allocate()
-        row = _row_bytes(fill.weight)
+        data = fill.weight.data
+        row = math.prod(data.shape[1:]) * data.dtype.itemsize
         size = max(size, row)
         pieces = list(fill.weight.pieces(max(1, PIECE_BYTES // max(1, row))))
         tasks.extend((fill, [piece]) for piece in pieces) if fill.in_pieces else tasks.append((fill, pieces))
@@ -78,10 +79,6 @@ def fill_weights(fills: Sequence[Fill], threads: int, progress: Callable[[int], 
             tasks.clear()  # an error or an interrupt: the workers end with the piece they are at
     for worker in workers:
         worker.result()
-
-
-def _row_bytes(weight: Weight) -> int:
-    return math.prod(weight.data.shape[1:]) * max(weight.data.dtype.itemsize, weight.dtype.itemsize)
 
 
 def _work(tasks: deque[tuple[Fill, list[tuple[int, int]]]], where: Storage, size: int,

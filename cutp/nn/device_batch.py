@@ -14,8 +14,11 @@ import numpy as np
 
 from cutp.array.scratch import Memory, scratch
 from cutp.errors import ConfigError
+from cutp.kv_cache.params import KVCacheParams
+from cutp.nn.device_latent import LatentShape, LatentWorkspace
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.ops.decode_attention_cuda import (
+    BLOCKS_PER_MULTIPROCESSOR,
     decode_attention,
     decode_plan,
     decode_workspace,
@@ -36,14 +39,25 @@ class AttentionShape:
     ropes: tuple[RotaryEmbedding, ...]
 
     @classmethod
-    def of(cls, layers: Iterable[Any]) -> AttentionShape:
-        """From attention layers; ConfigError where they differ in more than their windows and positions."""
+    def of(cls, layers: Iterable[Any], params: KVCacheParams) -> AttentionShape:
+        """From attention layers, with heads as long as those of the cache; ConfigError where they differ in more than
+        their windows and positions."""
         layers = list(layers)
-        shapes = {(layer.n_heads, layer.n_kv_heads, layer.head_dim) for layer in layers}
+        shapes = {(layer.n_heads, layer.n_kv_heads, params.head_dim) for layer in layers}
         if len(shapes) != 1:
             raise ConfigError(f"the attention layers have {len(shapes)} different shapes; on a GPU they need one")
         ropes = dict.fromkeys(layer.rope for layer in layers if layer.rope is not None)
         return cls(*shapes.pop(), tuple(dict.fromkeys(layer.window for layer in layers)), tuple(ropes))
+
+    def workspace(self, memory: Memory, batch: int, max_pages: int, page_size: int, multiprocessors: int,
+                  dtype: np.dtype) -> DecodeWorkspace:
+        """For up to `batch` requests of up to `max_pages` pages each."""
+        return DecodeWorkspace(memory, self, batch, max_pages, page_size, multiprocessors * BLOCKS_PER_MULTIPROCESSOR)
+
+
+def attention_shape(layers: Iterable[Any], params: KVCacheParams) -> AttentionShape | LatentShape:
+    """What the attention layers of a model with such a cache have in common."""
+    return (LatentShape if params.latent else AttentionShape).of(layers, params)
 
 
 class DecodeWorkspace:
@@ -56,6 +70,13 @@ class DecodeWorkspace:
         self.counters = memory.empty(sizes.counters, np.uint32)
         self.counters[...] = 0
         self.blocks = blocks
+        self.n_kv_heads = shape.n_kv_heads
+
+    def prepare(self, kv_lengths: Any) -> None:
+        """Lists the work of requests with one new token each, for every window."""
+        for window, plan in self.plans.items():
+            decode_plan(kv_lengths, self.n_kv_heads, window=window, plan=plan, pdl=True,
+                        target_splits=splits_for_batch(kv_lengths.shape[0], self.n_kv_heads))
 
 
 @dataclass
@@ -65,8 +86,9 @@ class DeviceBatch:
     tokens, positions, slots: int64 [T]; a padding row has slot -1. lookup_table: int32 [B, P]. decode_count: requests
     at the beginning that have one token each. kv_lengths: int32 [decode_count], their tokens with the new one (0 for a
     padding row). input_row_offsets: int32 [B + 1], cache_lengths: int32 [B] and work_list: of `prefill_work_list` for
-    the requests from decode_count on; None where there are none. rope_lengths: as in `RaggedBatch`, on the host, and
-    request_of_token int64 [T], where rotary tables depend on them.
+    the requests from decode_count on; None where there are none. Where some are, row_lengths, int32 [T], has the number
+    of tokens that each token sees, and request_of_token, int64 [T], its request. rope_lengths: as in `RaggedBatch`, on
+    the host, and request_of_token, where rotary tables depend on them.
     """
 
     tokens: Any
@@ -74,8 +96,8 @@ class DeviceBatch:
     slots: Any
     lookup_table: Any
     page_size: int
-    shape: AttentionShape
-    workspace: DecodeWorkspace
+    shape: AttentionShape | LatentShape
+    workspace: DecodeWorkspace | LatentWorkspace
     decode_count: int
     kv_lengths: Any
     input_row_offsets: Any = None
@@ -83,6 +105,7 @@ class DeviceBatch:
     work_list: Any = None
     rope_lengths: np.ndarray | None = None
     request_of_token: Any = None
+    row_lengths: Any = None
     _tables: dict = field(default_factory=dict, repr=False)
 
     def prepare(self, frequencies: RotaryTables, dtype: np.dtype) -> None:
@@ -90,9 +113,7 @@ class DeviceBatch:
         for rope in self.shape.ropes:
             self._tables[rope] = frequencies.table(rope, self, dtype)
         if self.decode_count:
-            for window, plan in self.workspace.plans.items():
-                decode_plan(self.kv_lengths, self.shape.n_kv_heads, window=window, plan=plan, pdl=True,
-                            target_splits=splits_for_batch(self.decode_count, self.shape.n_kv_heads))
+            self.workspace.prepare(self.kv_lengths)
 
     def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[Any, Any]:
         """cos and sin of every token for `rope`, float32 [T, rotary_dim / 2] each."""
@@ -111,6 +132,18 @@ class DeviceBatch:
         if self.work_list is not None:
             prefill_attention(q, pages, self.lookup_table, self.input_row_offsets, self.cache_lengths, self.work_list,
                               scale, window=window, softcap=softcap, sinks=sinks, out=out, pdl=True)
+        return out
+
+    def latent_attention(self, q: Any, pages: Any, scale: float, value_dim: int) -> Any:
+        """`cutp.ops.latent_attention.latent_attention` of queries [T, H, C] over this batch's requests."""
+        out = scratch().empty((*q.shape[:2], value_dim), q.dtype)
+        count = self.decode_count
+        if count:
+            self.workspace.attend_decode(q[:count], pages, self.lookup_table[:count], self.kv_lengths, scale,
+                                         out[:count])
+        if self.row_lengths is not None:
+            self.workspace.attend_prompts(q[count:], pages, self.lookup_table, self.row_lengths[count:],
+                                          self.request_of_token[count:], scale, out[count:])
         return out
 
 
@@ -145,9 +178,9 @@ class RotaryTables:
         return target
 
 
-def upload_batch(memory: Memory, shape: AttentionShape, workspace: DecodeWorkspace, tokens: Sequence[int],
-                 lengths: np.ndarray, cached: np.ndarray, lookup_table: np.ndarray, page_size: int,
-                 rope_lengths: np.ndarray) -> DeviceBatch:
+def upload_batch(memory: Memory, shape: AttentionShape | LatentShape, workspace: DecodeWorkspace | LatentWorkspace,
+                 tokens: Sequence[int], lengths: np.ndarray, cached: np.ndarray, lookup_table: np.ndarray,
+                 page_size: int, rope_lengths: np.ndarray) -> DeviceBatch:
     """A batch of new tokens, with requests of one token first; arrays in scratch memory.
 
     tokens: the new tokens of all requests. lengths, cached: int [B], new tokens and tokens in the cache. lookup_table:
@@ -173,7 +206,9 @@ def upload_batch(memory: Memory, shape: AttentionShape, workspace: DecodeWorkspa
         decode_count=count, kv_lengths=up(cached[:count] + 1, np.int32), rope_lengths=np.asarray(rope_lengths),
         request_of_token=up(request, np.int64),
     )
-    if count < len(lengths):
+    if count < len(lengths) and isinstance(shape, LatentShape):
+        batch.row_lengths = up(positions + 1, np.int32)
+    elif count < len(lengths):
         group = shape.n_heads // shape.n_kv_heads
         work = prefill_work_list(np.where(np.arange(len(lengths)) < count, 0, lengths), cached, group)
         batch.input_row_offsets, batch.cache_lengths = up(offsets, np.int32), up(cached, np.int32)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from cutp.array.scratch import on_device
 from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.attention import TensorParallelAttentionWithRope
+from cutp.nn.device_batch import DeviceBatch
 from cutp.nn.linear import Linear
 from cutp.nn.module import ShardableModule
 from cutp.nn.norm import RMSNorm
@@ -17,9 +20,9 @@ from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.rope_parameters import RopeParameters
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import HeadSegment, ShardingStrategy
+from cutp.ops.dispatch import latent_rotary_write, linear_per_head
 from cutp.ops.kv_write import latent_write
 from cutp.ops.latent_attention import expanded_latent_attention, latent_attention
-from cutp.ops.linear import linear_per_head
 from cutp.ops.rotary import apply_rotary
 
 
@@ -41,7 +44,7 @@ class MultiHeadLatentAttention(ShardableModule):
 
     Called like `AttentionWithRope`, on a cache whose `KVCacheParams` are latent, with a head_dim of kv_lora_rank +
     qk_rope_head_dim. Each request of a batch is computed in the cheaper of two forms, see `expands`; they differ by
-    rounding only. ConfigError for a rotary embedding or a cache of other sizes.
+    rounding only. On a device all take the absorbed one. ConfigError for a rotary embedding or a cache of other sizes.
 
     Accepts the strategies replicate and tensor_parallel; under the second a shard has whole heads, the projections to
     the latents and their norms are replicated, and the result is a partial sum over ranks.
@@ -103,6 +106,8 @@ class MultiHeadLatentAttention(ShardableModule):
             raise ConfigError(f"multi-head latent attention needs a latent cache of {channels} values a token, "
                               f"not {cache.params}")
         cos, sin = batch.rotary(self.rope, x.dtype)
+        if on_device(x):
+            return self._attended_on_device(x, cache.blocks[layer_idx], cos, sin, batch)
         compressed = self.kv_a_proj_with_mqa(x)
         rope_key = apply_rotary(compressed[:, None, self.kv_lora_rank:], cos, sin, interleaved=self.rope.interleaved)
         latent = self.kv_a_layernorm(compressed[:, : self.kv_lora_rank])
@@ -120,9 +125,22 @@ class MultiHeadLatentAttention(ShardableModule):
             y[rows] = attend(q[rows], pages, batch.lookup_table[chosen], offsets, batch.cache_lengths[chosen])
         return y.reshape(len(x), self.n_heads * self.v_head_dim)
 
+    def _attended_on_device(self, x: Any, pages: Any, cos: Any, sin: Any, batch: DeviceBatch) -> Any:
+        compressed = self.kv_a_proj_with_mqa(x)
+        latent = self.kv_a_layernorm(compressed[:, : self.kv_lora_rank])
+        q = self._queries(x)
+        q_latent = latent_rotary_write(compressed, latent, q, cos, sin, batch.slots, pages,
+                                       interleaved=self.rope.interleaved)
+        key_rows, value_rows = self._kv_b[:, : self.qk_nope_head_dim], self._kv_b[:, self.qk_nope_head_dim :]
+        linear_per_head(q[..., : self.qk_nope_head_dim], key_rows.transpose(0, 2, 1),
+                        out=q_latent[..., : self.kv_lora_rank])
+        mixed = batch.latent_attention(q_latent, pages, self.scale, self.kv_lora_rank)
+        y = linear_per_head(mixed, value_rows)
+        return y.reshape(y.shape[0], self.n_heads * self.v_head_dim)
+
     def _queries(self, x: np.ndarray) -> np.ndarray:
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.reshape(len(x), self.n_heads, self.qk_head_dim)
+        return q.reshape(q.shape[0], self.n_heads, self.qk_head_dim)
 
     @property
     def _kv_b(self) -> np.ndarray:

@@ -18,6 +18,8 @@ from cutp.ops import (
     activation_cuda,
     embedding_cuda,
     grouped_gemm_cuda,
+    latent_cuda,
+    linear_per_head_cuda,
     moe_cuda,
     moe_routing_cuda,
     residual_cuda,
@@ -264,6 +266,25 @@ def combine_experts(y: Any, positions: Any, weights: Any) -> Any:
         return host_moe.combine_experts(y, positions, weights)
     out = scratch().empty((positions.shape[0], y.shape[1]), y.dtype)
     moe_cuda.combine_experts(y, positions, weights, out=out, pdl=True)
+    return out
+
+
+def latent_rotary_write(compressed: Any, latent: Any, q: Any, cos: Any, sin: Any, slots: Any, pages: Any, *,
+                        interleaved: bool) -> Any:
+    """See `cutp.ops.latent_cuda.latent_rotary_write`, on a device: queries [T, H, C] whose last channels are set."""
+    q_out = scratch().empty((*q.shape[:2], compressed.shape[1]), q.dtype)
+    latent_cuda.latent_rotary_write(compressed, latent, q, cos, sin, slots, pages, q_out=q_out,
+                                    interleaved=interleaved, pdl=True)
+    return q_out
+
+
+def linear_per_head(x: Any, weight: Any, out: Any = None) -> Any:
+    """See `cutp.ops.linear.linear_per_head`: [T, H, N]."""
+    if not on_device(x):
+        return host_linear.linear_per_head(x, weight)
+    if out is None:
+        out = scratch().empty((*x.shape[:2], weight.shape[1]), x.dtype)
+    linear_per_head_cuda.linear_per_head(x, weight, out=out, pdl=True)
     return out
 
 

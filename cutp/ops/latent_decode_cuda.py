@@ -78,9 +78,10 @@ def latent_decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: A
     q: [B, H, 576], absorbed queries next to rotated ones, bfloat16 or float16; pages: [P, 1, 1, S, 576] of the same
     dtype, S a multiple of 16; out: [B, H, 512], still to be multiplied by W_v. lookup_table: int32 [B, pages of the
     longest request], in which page numbers count only as far as a request is long; with table_rows, int64 [B], any
-    number of rows of which request b has row table_rows[b] (not checked): then the requests can be the tokens of a
-    prompt. kv_lengths, whole: as given to `latent_decode_plan`; rows of length 0 become zeros. partials: see `latent_decode_workspace`. blocks: of the grid,
-    of any effect on the time only; best is `blocks_per_multiprocessor` times the number of multiprocessors.
+    number of rows, of which request b has row table_rows[b] (not checked): then the requests can be the tokens of a
+    prompt. kv_lengths, whole: as given to `latent_decode_plan`; rows of length 0 become zeros. partials: see
+    `latent_decode_workspace`. blocks: of the grid, of any effect on the time only; best is `blocks_per_multiprocessor`
+    times the number of multiprocessors.
 
     All arrays are contiguous. The result of a row has the same bits whatever the other rows are. ConfigError otherwise.
     """

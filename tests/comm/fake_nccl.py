@@ -11,6 +11,7 @@ import itertools
 import math
 import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -46,6 +47,8 @@ _numbers = itertools.count(1)
 
 
 def current():
+    if not _thread.streams:
+        _thread.streams.append(_thread.gpu.cupy.cuda.Stream())
     return _thread.streams[-1]
 
 
@@ -208,7 +211,7 @@ class NcclCommunicator:
     def __init__(self, nccl, size, uid, rank):
         self.size, self.rank, self.gpu = size, rank, _thread.gpu
         self.aborted, self.destroyed, self.async_error = False, False, 0
-        self._numbers = itertools.count()
+        self._numbers, self.ended = itertools.count(), 0
         self._clique = clique = nccl.clique(uid)
         self.gpu.comms.append(self)
         if self.gpu.refuse == "init":
@@ -229,7 +232,11 @@ class NcclCommunicator:
                 number = next(self._numbers)
 
                 def run():
+                    if number != self.ended:
+                        self.gpu.cupy.problems.append(f"call {number} runs beside call {self.ended}")
+                    time.sleep(self.gpu.slow)
                     parts = self._clique.meet(self, number, bring())
+                    self.ended += 1
                     if parts is not None:
                         if len({head for head, _ in parts}) > 1:
                             self.async_error = 3
@@ -320,7 +327,7 @@ class Gpu:
         self.cupy, self.index = cupy, rank
         self.card, self.nccl_version = f"GPU-{rank}", 23203
         self.log, self.calls, self.comms, self.streams = [], [], [], {}
-        self.refuse, self.hangs, self.missing = None, set(), None
+        self.refuse, self.hangs, self.missing, self.slow = None, set(), None, 0
 
     def may_hang(self, what):
         if what in self.hangs:
@@ -350,8 +357,8 @@ class FakeCupy:
     def _device(self, index):
         before = getattr(_thread, "gpu", None)
         _thread.gpu = self.gpus[index]
-        if not getattr(_thread, "streams", None):
-            _thread.streams = [self._stream()]
+        if not hasattr(_thread, "streams"):
+            _thread.streams = []
         try:
             yield
         finally:

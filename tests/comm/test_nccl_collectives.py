@@ -180,6 +180,7 @@ def test_one_rank_needs_no_nccl(cupy, run):
 
 def test_sums_on_the_second_stream_overlap_and_keep_their_order(cupy, run):
     def body(comm, gpu):
+        gpu.slow = 0.01
         n, shapes = comm.size, [(5,), (3, 20), (0,), (7,)]
         inputs = [[values("f4", s, r, i) for r in range(n)] for i, s in enumerate(shapes)]
         pending, xs = [], []

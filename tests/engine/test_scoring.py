@@ -167,8 +167,9 @@ def test_embeddings(llm, pool):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"layers": [9]}, r"layer 9 is not in 0 \.\. 4"), ({"layers": [-6]}, "layer -6"), ({"layers": []}, "layers is empty"),
-    ({"layers": ["a"]}, "layer 'a'"), ({"pool": "max"}, "pool must be"), ({"gather": "some"}, "gather must be"),
+    ({"layers": [9]}, r"layer 9 is not in 0 \.\. 4"), ({"layers": [-6]}, "layer -6"),
+    ({"layers": []}, "layers is empty"), ({"layers": ["a"]}, "layer 'a'"),
+    ({"pool": "max"}, "pool must be"), ({"gather": "some"}, "gather must be"),
 ])
 def test_bad_hidden_state_options(llm, options, message):
     with pytest.raises(RequestError, match=message):
@@ -211,3 +212,24 @@ def test_scores_on_ranks_and_replicas():
             assert one.token_ids == other.token_ids and one.greedy == other.greedy
             np.testing.assert_allclose(one.logprob, other.logprob, rtol=1e-5)
         np.testing.assert_allclose(results[0][1][0].logprob, rolled[0].logprob, rtol=1e-5)
+
+
+def test_names_in_errors(llm):
+    """Every method that takes several texts calls them by the names it is given."""
+    for call in (llm.score, llm.perplexity, llm.hidden_states, llm.embed):
+        with pytest.raises(RequestError, match="^line 7: token id 4096"):
+            call([[5], [4096]], names=["line 6", "line 7"])
+        with pytest.raises(RequestError, match="2 prompts were given 1 names"):
+            call([[5], [6]], names=["line 6"])
+
+
+def test_a_continuation_may_reach_one_token_beyond_the_context():
+    ids = list(range(4, 14))
+    with LLM(max_len=8, kv_tokens=8) as small, LLM() as whole:
+        [score] = small.score([(ids[:2], ids[2:9])])
+        [expected] = whole.score([(ids[:2], ids[2:9])])
+        np.testing.assert_allclose(score.logprobs, expected.logprobs, atol=1e-5)
+        with pytest.raises(RequestError, match="10 tokens, more than the 9"):
+            small.score([(ids[:2], ids[2:])])
+        with pytest.raises(RequestError, match="9 tokens, more than the 8"):
+            small.score([ids[:9]])

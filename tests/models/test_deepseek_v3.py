@@ -166,6 +166,8 @@ def test_blocks_and_their_scales(tmp_path, axis, ranges):
         source = BlockScaledTensor("w.weight")
         assert list(source.check(checkpoint, (300, 270))) == ["w.weight", "w.weight_scale_inv"]
         np.testing.assert_array_equal(source.read(checkpoint, weight), expected)
+        rows = len(expected) // 3, len(expected)
+        np.testing.assert_array_equal(source.read(checkpoint, weight, rows), expected[slice(*rows)])
         with pytest.raises(CutpError, match=r"w\.weight' .* has shape \[300, 270\]"):
             source.check(checkpoint, (300, 271))
 

@@ -19,7 +19,7 @@ from cutp.models.weight_reader import Fill, fill_weights
 from cutp.models.weight_source import WholeTensor, clipped
 from cutp.nn.module import Weight
 from cutp.nn.sharding import EvenSegment, HeadSegment, ShardingStrategy
-from cutp.nn.storage import DeviceStorage
+from cutp.nn.storage import DeviceStorage, Padding
 from tests.device_arrays import EmulatedMemory
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
@@ -170,6 +170,47 @@ def test_a_row_larger_than_a_piece(monkeypatch):
     with DeviceStorage(EmulatedMemory()).use():
         fill_weights([Fill(weight, lambda rows, buffer: np.full((rows[1] - rows[0], 100), rows[0], BF16))], 2)
     np.testing.assert_array_equal(weight.data.host[:, 0].astype(int), [0, 1, 2])
+
+
+def test_pieces_are_measured_as_they_are_held(monkeypatch):
+    monkeypatch.setattr(weight_reader, "PIECE_BYTES", 64)
+    weight = Weight((100,), BF16, device_dtype=F32)
+    with DeviceStorage(EmulatedMemory()).use():
+        fill_weights([Fill(weight, lambda rows, buffer: np.arange(*rows).astype(BF16))], 2)
+    np.testing.assert_array_equal(weight.data.host, np.arange(100))
+
+
+def test_zeros_are_there_before_anything_is_uploaded():
+    """They are written on one stream, and uploads run on others."""
+    calls = []
+
+    class Noting(EmulatedMemory):
+        def zeros(self, shape, dtype):
+            calls.append("zeros")
+            return super().zeros(shape, dtype)
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def uploader(self, nbytes):
+            calls.append("uploader")
+            return super().uploader(nbytes)
+
+    fills = [Fill(Weight((3, 3), BF16, padding=Padding(0)), lambda rows, buffer: np.ones((3, 3), BF16))
+             for _ in range(2)]
+    with DeviceStorage(Noting()).use():
+        fill_weights(fills, 1)
+    assert calls == ["zeros", "zeros", "synchronize", "uploader"]
+
+
+def test_small_pieces_read_no_more(tiny, monkeypatch):
+    """Rows of interleaved and quantized experts lie among others, and are read once."""
+    for case in ("gpt_oss_mxfp4_uneven", "gpt_oss_defaults", "deepseek_v3_biases"):
+        _, whole, _ = read(tiny(case), BF16, 2, 1)
+        monkeypatch.setattr(weight_reader, "PIECE_BYTES", 500)
+        _, pieces, _ = read(tiny(case), BF16, 2, 1, EmulatedMemory())
+        monkeypatch.undo()
+        assert pieces.bytes < 1.02 * whole.bytes, case
 
 
 def test_the_first_error_ends_the_others():
