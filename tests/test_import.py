@@ -63,7 +63,7 @@ def test_star_import_and_unknown_names():
 def test_without_mpi4py(tmp_path):
     """A part of these tests where mpi4py cannot be imported: one rank works, what needs more says why it is skipped."""
     code = "import sys; sys.modules['mpi4py'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = ["tests/cli/test_score.py", "tests/cli/test_generate.py::test_seed", "tests/mpi/test_failures_mpi.py",
+    chosen = ["tests/cli/test_score.py", "tests/cli/test_generate.py::test_max_len", "tests/mpi/test_failures_mpi.py",
               "tests/engine/test_llm_stays_usable.py::test_none_on_other_ranks"]
     done = python(code, "-q", "-rs", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), "-c",
                   str(CHECKOUT / "setup.cfg"), *(str(CHECKOUT / name) for name in chosen), cwd=tmp_path)

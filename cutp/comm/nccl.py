@@ -16,7 +16,7 @@ n - 1 additions is rounded. Integers are exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -26,23 +26,29 @@ import numpy as np
 from cutp.array import cuda
 from cutp.array.arena import address
 from cutp.array.graph import Graph, captured_graph, keep_for_capture
-from cutp.array.scratch import frame, scratch_in_use
+from cutp.array.scratch import frame
 from cutp.comm.collectives import ArrayCollectives, Pending, describe_array
+from cutp.comm.device_results import (
+    checked_axis,
+    contiguous,
+    copied,
+    copied_to_host,
+    is_device_array,
+    new_array,
+    parts_of,
+    result_array,
+    span,
+    with_size,
+)
 from cutp.comm.nccl_link import NcclLink
 from cutp.comm.partition import split_range
 from cutp.comm.transport import Transport
 from cutp.errors import ConfigError, DeviceError
 
-_HOST_TYPES = (np.ndarray, np.memmap)
 # NumPy dtype -> the name of NCCL's type for sums. Everything else is moved as bytes.
 _SUM_TYPES = {name: f"NCCL_{name.upper()}" for name in (
     "int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "bfloat16", "float32", "float64")}
 _CHECKED_CALLS = 4096
-
-
-def is_device_array(x: Any) -> bool:
-    """Whether collectives on `x` go through NCCL. Lists and scalars are taken for NumPy arrays."""
-    return type(x) not in _HOST_TYPES and hasattr(x, "dtype") and not isinstance(x, np.generic)
 
 
 class NcclCollectives:
@@ -65,10 +71,10 @@ class NcclCollectives:
         if not is_device_array(x):
             return self._host.all_reduce(x, out)
         kind = _sum_type(x, "all_reduce")
-        out = _result(out, x.shape, x.dtype, "all_reduce")
-        x = _contiguous(x)
+        out = result_array(out, x.shape, x.dtype, "all_reduce")
+        x = contiguous(x)
         if self._transport.size == 1:
-            return _copied(x, out)
+            return copied(x, out)
         if out.size:
             call = f"all_reduce({describe_array(x.dtype, x.shape)})"
             with self._calling(call, x, out) as (comm, nccl, stream):
@@ -79,10 +85,10 @@ class NcclCollectives:
         if not is_device_array(x):
             return self._host.all_reduce_async(x, out)
         kind = _sum_type(x, "all_reduce")
-        out = _result(out, x.shape, x.dtype, "all_reduce")
-        x = _contiguous(x)
+        out = result_array(out, x.shape, x.dtype, "all_reduce")
+        x = contiguous(x)
         if self._transport.size == 1 or not out.size:
-            return _Ready(_copied(x, out))
+            return _Ready(copied(x, out))
         call = f"all_reduce({describe_array(x.dtype, x.shape)})"
         with self._calling(call, x, out, in_order=False) as (comm, nccl, stream):
             side = self._side_stream(stream)
@@ -93,26 +99,26 @@ class NcclCollectives:
 
     def all_gather(self, x: Any, axis: int = 0, sizes: Sequence[int] | None = None, out: Any = None) -> Any:
         if not is_device_array(x):
-            return _into(out, self._host.all_gather(x, axis))
+            return copied_to_host(out, self._host.all_gather(x, axis))
         t = self._transport
-        axis = _axis(x, axis, "all_gather")
-        x = _contiguous(x)
+        axis = checked_axis(x, axis, "all_gather")
+        x = contiguous(x)
         agreed = sizes is None
         sizes = self._sizes(x, axis) if sizes is None else tuple(int(n) for n in sizes)
         if len(sizes) != t.size or sizes[t.rank] != x.shape[axis]:
             raise ConfigError(
                 f"all_gather: sizes are {sizes} on {t.size} ranks, but x has {x.shape[axis]} on axis {axis}")
-        out = _result(out, _with(x.shape, axis, sum(sizes)), x.dtype, "all_gather")
+        out = result_array(out, with_size(x.shape, axis, sum(sizes)), x.dtype, "all_gather")
         if t.size == 1:
-            return _copied(x, out)
+            return copied(x, out)
         if not out.size:
             return out
         call = f"all_gather({describe_array(x.dtype, x.shape, axis)}, sizes={_short(sizes)}, axis={axis})"
         with frame(), self._calling(call, x, out, checked=not agreed) as (comm, nccl, stream):
             # NCCL puts whole parts one after another, which is the result already if nothing lies before the axis.
             in_place = math.prod(x.shape[:axis]) == 1
-            joined = out.reshape(-1) if in_place else _empty(out.size, out.dtype)
-            parts = _parts(joined, [_with(x.shape, axis, n) for n in sizes])
+            joined = out.reshape(-1) if in_place else new_array(out.size, out.dtype)
+            parts = parts_of(joined, [with_size(x.shape, axis, n) for n in sizes])
             if len(set(sizes)) == 1:
                 comm.allGather(address(x), address(joined), x.nbytes, nccl.NCCL_UINT8, stream.ptr)
             else:
@@ -125,33 +131,33 @@ class NcclCollectives:
                 start = 0
                 for part, n in zip(parts, sizes, strict=True):
                     if n:
-                        out[_cut(axis, start, start + n)] = part
+                        out[span(axis, start, start + n)] = part
                     start += n
         return out
 
     def reduce_scatter(self, x: Any, axis: int = 0, out: Any = None) -> Any:
         if not is_device_array(x):
-            return _into(out, self._host.reduce_scatter(x, axis))
+            return copied_to_host(out, self._host.reduce_scatter(x, axis))
         t = self._transport
         kind = _sum_type(x, "reduce_scatter")
-        axis = _axis(x, axis, "reduce_scatter")
-        x = _contiguous(x)
+        axis = checked_axis(x, axis, "reduce_scatter")
+        x = contiguous(x)
         cuts = [split_range(x.shape[axis], t.size, r) for r in range(t.size)]
-        shapes = [_with(x.shape, axis, stop - start) for start, stop in cuts]
-        out = _result(out, shapes[t.rank], x.dtype, "reduce_scatter")
+        shapes = [with_size(x.shape, axis, stop - start) for start, stop in cuts]
+        out = result_array(out, shapes[t.rank], x.dtype, "reduce_scatter")
         if t.size == 1:
-            return _copied(x, out)
+            return copied(x, out)
         if not x.size:
             return out
         call = f"reduce_scatter({describe_array(x.dtype, x.shape)}, axis={axis})"
         with frame(), self._calling(call, x, out) as (comm, nccl, stream):
             joined = x.reshape(-1)
             if math.prod(x.shape[:axis]) > 1:
-                joined = _empty(x.size, x.dtype)
-                for part, cut in zip(_parts(joined, shapes), cuts, strict=True):
+                joined = new_array(x.size, x.dtype)
+                for part, cut in zip(parts_of(joined, shapes), cuts, strict=True):
                     if part.size:
-                        part[...] = x[_cut(axis, *cut)]
-            parts = _parts(joined, shapes)
+                        part[...] = x[span(axis, *cut)]
+            parts = parts_of(joined, shapes)
             dtype, add = getattr(nccl, kind), nccl.NCCL_SUM
             if len(set(shapes)) == 1:
                 comm.reduceScatter(address(joined), address(out), out.size, dtype, add, stream.ptr)
@@ -165,14 +171,14 @@ class NcclCollectives:
 
     def broadcast(self, x: Any, root: int = 0, out: Any = None) -> Any:
         if not is_device_array(x):
-            return _into(out, self._host.broadcast(x, root))
+            return copied_to_host(out, self._host.broadcast(x, root))
         t = self._transport
         root = t.check_peer(root, "broadcast: root", may_be_self=True)
-        out = _result(out, x.shape, x.dtype, "broadcast")
+        out = result_array(out, x.shape, x.dtype, "broadcast")
         if t.size == 1:
-            return _copied(x, out)
+            return copied(x, out)
         if out.size:
-            source = _contiguous(x) if t.rank == root else out
+            source = contiguous(x) if t.rank == root else out
             call = f"broadcast({describe_array(x.dtype, x.shape)}, root={root})"
             with self._calling(call, source, out) as (comm, nccl, stream):
                 comm.broadcast(address(source), address(out), out.nbytes, nccl.NCCL_UINT8, root, stream.ptr)
@@ -182,16 +188,16 @@ class NcclCollectives:
         if not is_device_array(x):
             return self._host.send(x, dest)
         dest = self._transport.check_peer(dest, "send: dest")
-        x = _contiguous(x)
+        x = contiguous(x)
         if x.size:
             with self._calling("send", x, checked=False) as (comm, nccl, stream):
                 comm.send(address(x), x.nbytes, nccl.NCCL_UINT8, dest, stream.ptr)
 
     def recv(self, source: int, out: Any = None) -> Any:
         if not is_device_array(out):
-            return _into(out, self._host.recv(source))
+            return copied_to_host(out, self._host.recv(source))
         source = self._transport.check_peer(source, "recv: source")
-        out = _result(out, out.shape, out.dtype, "recv")
+        out = result_array(out, out.shape, out.dtype, "recv")
         if out.size:
             with self._calling("recv", out, checked=False) as (comm, nccl, stream):
                 comm.recv(address(out), out.nbytes, nccl.NCCL_UINT8, source, stream.ptr)
@@ -317,70 +323,11 @@ def _event() -> Any:
     return cuda.cupy().cuda.Event(disable_timing=True)
 
 
-def _empty(shape: int | Sequence[int], dtype: Any) -> Any:
-    found = scratch_in_use()
-    allocate: Callable[..., Any] = cuda.cupy().empty if found is None else found.empty
-    return allocate(shape, dtype)
-
-
-def _result(out: Any, shape: Sequence[int], dtype: Any, what: str) -> Any:
-    """`out` if it fits, or a new array."""
-    shape = tuple(shape)
-    if out is None:
-        return _empty(shape, dtype)
-    if not is_device_array(out) or out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
-        raise ConfigError(f"{what}: out must be a C-contiguous device array {describe_array(np.dtype(dtype), shape)}")
-    return out
-
-
-def _contiguous(x: Any) -> Any:
-    return x if x.flags.c_contiguous else _copied(x, _empty(x.shape, x.dtype))
-
-
-def _copied(x: Any, out: Any) -> Any:
-    if out is not x and out.size:
-        out[...] = x
-    return out
-
-
-def _into(out: Any, result: np.ndarray) -> np.ndarray:
-    if out is None:
-        return result
-    if not isinstance(out, np.ndarray) or out.shape != result.shape or out.dtype != result.dtype:
-        raise ConfigError(f"out must be an array like the result, {describe_array(result.dtype, result.shape)}")
-    out[...] = result
-    return out
-
-
 def _sum_type(x: Any, what: str) -> str:
     kind = _SUM_TYPES.get(x.dtype.name)
     if kind is None:
         raise ConfigError(f"{what}: dtype {x.dtype} cannot be summed by NCCL", hint=f"it sums {', '.join(_SUM_TYPES)}")
     return kind
-
-
-def _axis(x: Any, axis: int, what: str) -> int:
-    if not -x.ndim <= axis < x.ndim:
-        raise ConfigError(f"{what}: an array of {x.ndim} dimensions has no axis {axis}")
-    return axis % x.ndim
-
-
-def _with(shape: Sequence[int], axis: int, n: int) -> tuple[int, ...]:
-    return (*shape[:axis], n, *shape[axis + 1 :])
-
-
-def _cut(axis: int, start: int, stop: int) -> tuple[slice, ...]:
-    return (*(slice(None),) * axis, slice(start, stop))
-
-
-def _parts(joined: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The arrays of these shapes that lie in `joined` [n] one after another."""
-    parts, start = [], 0
-    for shape in shapes:
-        stop = start + math.prod(shape)
-        parts.append(joined[start:stop].reshape(shape))
-        start = stop
-    return parts
 
 
 @lru_cache(maxsize=256)

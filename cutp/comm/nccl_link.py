@@ -10,8 +10,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from cutp.array import cuda
 from cutp.array.arena import address
 from cutp.array.graph import Graph, is_capturing
 from cutp.comm.host_messages import HostMessages
+from cutp.comm.tasks import Task, keep_a_thread
 from cutp.comm.transport import Transport
 from cutp.errors import ClosedError, CommError, CommTimeoutError, ConfigError, CutpError, DeviceError, PeerFailedError
 
@@ -260,8 +259,8 @@ class NcclLink:
 
     # -- threads that may be given up ------------------------------------------------------------------
 
-    def _start(self, work: Callable[[], Any]) -> _Task:
-        return _Task(work, self._device)
+    def _start(self, work: Callable[[], Any]) -> Task:
+        return Task(work, self._device)
 
     def _device(self) -> Any:
         """This rank's GPU; in `with` it is the current one, whatever thread this is."""
@@ -291,55 +290,10 @@ class NcclLink:
         return f"{_name(self._card)} of host {t.hosts[t.rank]}"
 
 
-class _Task:
-    """A call in a thread of its own, on the same GPU, which the process does not wait for at its end."""
-
-    def __init__(self, work: Callable[[], Any], device: Callable[[], Any]):
-        self._work, self._device = work, device
-        self._done = threading.Event()
-        self._value: Any = None
-        self._error: BaseException | None = None
-        try:
-            _start_thread(self._run)
-        except RuntimeError:
-            # At its end Python (from 3.12 on) starts no threads. One task after the other will have to do.
-            _reserve.put(self._run)
-
-    def _run(self) -> None:
-        try:
-            with self._device():
-                self._value = self._work()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._done.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it ends within so many seconds."""
-        return self._done.wait(max(0.0, seconds))
-
-    def result(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-_reserve: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-
-
-def _start_thread(run: Callable[[], None]) -> None:
-    threading.Thread(target=run, name="cutp NCCL", daemon=True).start()
-
-
-def _run_reserve() -> None:
-    while True:
-        _reserve.get()()
-
-
 @lru_cache(maxsize=1)
 def _prepare_exit() -> None:
     """Once a process: a thread is there and this is known before the interpreter ends."""
-    _start_thread(_run_reserve)
+    keep_a_thread()
     atexit.register(_leave_at_exit)
 
 

@@ -61,14 +61,17 @@ def _watched(timeout: float, last_words: Callable[[Finding], str]) -> Iterator[N
     """A small process watches this one in the `with` block: a hang may hold Python's lock, and MPI may end us."""
     size = launcher_size()
     started = f"the launcher started {size} ranks ({launcher_trace()}), and " if size else ""
-    died = fail("launcher", f"{started}this process ended inside MPI_Init or the ranks' first meeting",
-                _FIX)
+    died = fail("launcher", f"{started}this process ended inside MPI_Init or the ranks' first meeting", _FIX)
     hung = fail("launcher", f"{started}MPI_Init, or the ranks' first meeting, takes more than {timeout:g} s", _FIX)
     orders = {"pid": os.getpid(), "timeout": timeout, "died": last_words(died), "hung": last_words(hung)}
     if not orders["hung"]:
         orders["timeout"] += _GRACE_SECONDS  # the rank that speaks comes first: a launcher may end the others with it
-    watcher = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WATCH, json.dumps(orders)], stdin=subprocess.PIPE,
-                               start_new_session=True)
+    try:
+        watcher = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WATCH, json.dumps(orders)],
+                                   stdin=subprocess.PIPE, start_new_session=True)
+    except OSError:  # a node that cannot start another process has nothing to watch with
+        yield
+        return
     try:
         yield
     finally:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutp.comm.communicator import Communicator
+from cutp.engine.pending_tokens import PendingTokens
 from cutp.engine.request import Request
 from cutp.engine.runner import ModelRunner
 from cutp.engine.sampler import Sampler
 from cutp.engine.scheduler import Chunk, Scheduler
 from cutp.engine.stats import EngineStats
 from cutp.errors import CapacityError, CutpError
-
-if TYPE_CHECKING:
-    from cutp.engine.decode_graphs import PendingTokens
 
 Event = tuple[Request, str]
 

@@ -7,21 +7,18 @@ buffer, which one copy fills; the block tables lie in another, of which only row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cutp.array.graph import Graph, capture
-from cutp.array.scratch import Download
 from cutp.engine.block_tables import BlockTables
-from cutp.engine.device_sampler import DeviceSampler, checked_tokens
+from cutp.engine.device_pass import DevicePass
+from cutp.engine.device_sampler import DeviceSampler
+from cutp.engine.pending_tokens import PendingTokens
 from cutp.engine.request import Request
 from cutp.nn.device_batch import DeviceBatch
 from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, greedy, passes_needed, sample
-
-if TYPE_CHECKING:
-    from cutp.engine.device_runner import DeviceRunner
 
 _GREEDY = -1
 _FIELDS = {"tokens": np.int64, "positions": np.int64, "slots": np.int64, "seed": np.uint64, "sample_index": np.int64,
@@ -35,20 +32,6 @@ def batch_size(count: int) -> int:
     return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
 
 
-@dataclass
-class PendingTokens:
-    """A step that was started: the next token of each of `requests`, on its way to the host."""
-
-    requests: list[Request]
-    host: np.ndarray
-    arrived: Download
-
-    def tokens(self) -> np.ndarray:
-        """int64 [B], once they have arrived."""
-        self.arrived.synchronize()
-        return checked_tokens(self.host)
-
-
 class DecodeGraphs:
     """Steps in which every request adds one token and its next one is drawn from plain logits.
 
@@ -58,7 +41,7 @@ class DecodeGraphs:
     use_graphs: False runs the same launches one by one, with the same results.
     """
 
-    def __init__(self, runner: DeviceRunner, sampler: DeviceSampler, max_running: int, max_pages: int,
+    def __init__(self, runner: DevicePass, sampler: DeviceSampler, max_running: int, max_pages: int,
                  use_graphs: bool = True):
         self._runner, self._sampler = runner, sampler
         self._use_graphs = use_graphs

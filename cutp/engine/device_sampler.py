@@ -12,9 +12,9 @@ from cutp.comm.communicator import Communicator
 from cutp.engine.device_scores import DeviceScores
 from cutp.engine.logit_rules import additions
 from cutp.engine.outputs import TokenLogprobs
+from cutp.engine.pending_tokens import checked_tokens
 from cutp.engine.request import Request
 from cutp.engine.sampler import Sampler
-from cutp.errors import CutpError
 from cutp.ops.penalties_cuda import add_logit_bias, apply_penalties, count_tokens
 from cutp.ops.sampling import SamplingRows
 from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, greedy, passes_needed, sample
@@ -96,11 +96,3 @@ class DeviceSampler(Sampler):
                 slots = self._scores.uploaded(np.full(len(tokens), request.slot), np.int32)
                 count_tokens(self._device_counts, self._vocab_start, slots,
                              self._scores.uploaded(tokens, np.int64), in_prompt=in_prompt, pdl=True)
-
-
-def checked_tokens(tokens: np.ndarray) -> np.ndarray:
-    """The tokens; CutpError where a row had none, as `cutp.ops.sampling.sample` raises it."""
-    if (tokens < 0).any():
-        raise CutpError(f"the logits of row {int(np.argmax(tokens < 0))} are NaN or all -inf",
-                        hint="the model's weights or its dtype do not suit; try float32")
-    return tokens

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cutp.comm.communicator import Communicator
 from cutp.comm.partition import split_range
 from cutp.engine.block_tables import BlockTables
+from cutp.engine.pending_tokens import PendingTokens
 from cutp.engine.sampler import Sampler
 from cutp.engine.scheduler import Chunk
 from cutp.kv_cache.paged import PagedKVCache
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.ops.logprobs import target_logprobs, top_logprobs
-
-if TYPE_CHECKING:
-    from cutp.engine.decode_graphs import PendingTokens
 
 # Logits held at once while a prompt is scored: 2**24 float32 values, 64 MB, whatever the vocabulary.
 MAX_LOGITS = 1 << 24

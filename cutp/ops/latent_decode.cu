@@ -369,7 +369,7 @@ __device__ __forceinline__ void merge(const Arguments& a, int item, int splits, 
 // Warps stride over the heads of all items; the first split of a request stands for all of them.
 extern "C" __global__ void __launch_bounds__(256)
 latent_merge(const uint4* plan, scalar_t* out, float* partials, int capacity, int heads) {
-    const Arguments a = {nullptr, nullptr, nullptr, plan, out, partials, capacity, 0, 0, heads, 0.0f};
+    const Arguments a = {nullptr, nullptr, nullptr, nullptr, plan, out, partials, capacity, 0, 0, heads, 0.0f};
     pdl_wait();
     const int items = load_activation_element(reinterpret_cast<const int*>(plan)), blocks_of_item = (heads + 7) / 8;
     for (int index = blockIdx.x; index < items * blocks_of_item; index += gridDim.x) {

@@ -351,3 +351,15 @@ def test_the_cases_for_real_gpus(cupy, run, n, monkeypatch):
     monkeypatch.setattr(device_cases, "SHAPES", [(), (0,), (3, 5)])
     digests = run(n, lambda comm, gpu: device_cases.run_all(comm, cupy), timeout=60)
     assert len(digests[0]) > 100 and all(other == digests[0] for other in digests)
+
+
+def test_a_capture_that_fails_with_a_sum_under_way_leaves_no_trace(cupy, run):
+    def body(comm, gpu):
+        x = cupy.upload(np.ones(4, np.float32))
+        comm.all_reduce_async(x, out=x).wait()
+        with pytest.raises(ZeroDivisionError), capture(Stream()):
+            comm.all_reduce_async(x, out=x)
+            raise ZeroDivisionError
+        check(cupy, comm.all_reduce(x), np.full(4, 4, np.float32), "after")
+
+    run(2, body)
