@@ -1,6 +1,7 @@
 """Throughput of the engine with many requests at once.
 
-    mpirun -n 2 python -m cutp.bench.serving [MODEL | --shape NAME] --requests 128 --prompt-len 512 --gen-len 128 [--tp N] [--json]
+    mpirun -n 2 python -m cutp.bench.serving [MODEL | --shape NAME] [--requests 128] [--prompt-len 512] [--gen-len 128]
+                                             [--tp N] [--json]
 
 Random prompts of equal length, all added at once, sampled at temperature 1 without an end token. Reported: output and
 total tokens a second from the first step to the last, the longest and median time of a step, and the host's time to

@@ -78,8 +78,12 @@ def _leave(comm: Communicator, report: Report) -> None:
         if report.exit_code:
             sys.exit(report.exit_code)
         return
-    # Rank 0 has the report to print, if it can; the others leave it the time.
-    time.sleep(_FORWARDING_SECONDS if comm.rank == 0 else _GRACE_SECONDS)
+    if comm.rank > 0:
+        # Rank 0 has the report to print and ends the job; after this time it is rank 0 that hangs.
+        time.sleep(_GRACE_SECONDS)
+        sys.stderr.write(f"[cutp rank {comm.rank} of {comm.size}] {report.findings[-1].line()}\n")
+        sys.stderr.flush()
+    time.sleep(_FORWARDING_SECONDS)
     if comm.size > 1:
         comm.abort(report.exit_code)
     os._exit(report.exit_code)
@@ -91,5 +95,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.0 < value <= 86400.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and up to 86400")
     return value

@@ -52,6 +52,8 @@ def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = Fals
 
     level = logging.WARNING if comm.rank == 0 and not quiet else logging.ERROR
     logging.basicConfig(level=level, format="cutp: %(levelname)s: %(message)s")
+    if level == logging.WARNING:
+        logging.getLogger("cutp").setLevel(logging.INFO)  # what a GPU's memory is used for, and how fast weights came
     with _LoadProgress() as progress:
         return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len, kv_memory=args.kv_memory,
                    use_graphs=not args.no_graphs, **options,

@@ -176,7 +176,8 @@ def _all_reduce_call(dtype: np.dtype, shape: tuple[int, ...]) -> str:
     return f"all_reduce({describe_array(dtype, shape)})"
 
 
-def describe_array(dtype: np.dtype, shape: Sequence[int], ragged: int | None = None) -> str:
+@lru_cache(maxsize=4096)
+def describe_array(dtype: np.dtype, shape: tuple[int, ...], ragged: int | None = None) -> str:
     """"float32[2, 8]"; with ragged=0, "float32[*, 8]": a size that may differ between ranks."""
     return f"{dtype.name}[{', '.join('*' if i == ragged else str(n) for i, n in enumerate(shape))}]"
 

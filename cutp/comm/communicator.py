@@ -167,7 +167,7 @@ class Communicator:
     def connect_gpus(self) -> None:
         """Connect the current GPUs of all ranks through NCCL; otherwise the first call on a device array does.
 
-        DeviceError where a GPU or NCCL is missing, ConfigError for two ranks on one GPU.
+        DeviceError where a GPU or NCCL is missing, DeviceMappingError for two ranks on one GPU.
         """
         self._collectives.connect()
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from cutp.array import cuda
 from cutp.array.arena import address
+from cutp.array.dtypes import bfloat16
 from cutp.array.graph import Graph, captured_graph, keep_for_capture
 from cutp.array.scratch import frame
 from cutp.comm.collectives import ArrayCollectives, Pending, describe_array
@@ -46,8 +47,8 @@ from cutp.comm.transport import Transport
 from cutp.errors import ConfigError, DeviceError
 
 # NumPy dtype -> the name of NCCL's type for sums. Everything else is moved as bytes.
-_SUM_TYPES = {name: f"NCCL_{name.upper()}" for name in (
-    "int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "bfloat16", "float32", "float64")}
+_SUM_TYPES = {np.dtype(kind): f"NCCL_{np.dtype(kind).name.upper()}" for kind in (
+    np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64, np.float16, bfloat16, np.float32, np.float64)}
 _CHECKED_CALLS = 4096
 
 
@@ -324,9 +325,10 @@ def _event() -> Any:
 
 
 def _sum_type(x: Any, what: str) -> str:
-    kind = _SUM_TYPES.get(x.dtype.name)
+    kind = _SUM_TYPES.get(x.dtype)
     if kind is None:
-        raise ConfigError(f"{what}: dtype {x.dtype} cannot be summed by NCCL", hint=f"it sums {', '.join(_SUM_TYPES)}")
+        raise ConfigError(f"{what}: dtype {x.dtype} cannot be summed by NCCL",
+                          hint=f"it sums {', '.join(dtype.name for dtype in _SUM_TYPES)}")
     return kind
 
 

@@ -25,7 +25,16 @@ from cutp.array.graph import Graph, is_capturing
 from cutp.comm.host_messages import HostMessages
 from cutp.comm.tasks import Task, keep_a_thread
 from cutp.comm.transport import Transport
-from cutp.errors import ClosedError, CommError, CommTimeoutError, ConfigError, CutpError, DeviceError, PeerFailedError
+from cutp.errors import (
+    ClosedError,
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    CutpError,
+    DeviceError,
+    DeviceMappingError,
+    PeerFailedError,
+)
 
 log = logging.getLogger("cutp")
 
@@ -61,8 +70,8 @@ class NcclLink:
     def join(transport: Transport) -> NcclLink:
         """Collective: connects the current GPUs of all ranks.
 
-        DeviceError where a GPU or NCCL is missing, ConfigError for two ranks on one GPU, CommTimeoutError or CommError,
-        naming rank, host and GPU, if NCCL does not connect them.
+        DeviceError where a GPU or NCCL is missing, DeviceMappingError for two ranks on one GPU, CommTimeoutError or
+        CommError, naming rank, host and GPU, if NCCL does not connect them.
         """
         if is_capturing():
             raise ConfigError("the first collective on GPUs connects them, which cannot be captured in a graph",
@@ -238,6 +247,8 @@ class NcclLink:
         _links.discard(self)
         if self._comm is not None and not self._has_ended(limit):
             self.abort()
+        if self._comm is None:
+            limit = min(limit, _ABORT_SECONDS)  # an error is on its way to the user
         graphs = list(self._graphs)
         if graphs and not self._start(lambda: _close_all(graphs)).wait(limit):
             log.warning("graphs that hold NCCL calls could not be closed on %s", self._where())
@@ -318,13 +329,13 @@ def _describe_card(cupy: Any) -> dict[str, Any]:
 
 
 def _check_cards(transport: Transport, cards: Sequence[dict[str, Any]]) -> None:
-    """ConfigError, the same on all ranks, for two ranks on one GPU or different versions of NCCL."""
+    """Raises, the same on all ranks, for two ranks on one GPU or different versions of NCCL."""
     hosts = transport.hosts
     for rank, card in enumerate(cards):
         for other in range(rank):
             if (hosts[other], cards[other]["card"]) == (hosts[rank], card["card"]):
-                raise ConfigError(
-                    f"{transport.names([other, rank])} use the same {_name(card)}",
+                raise DeviceMappingError(
+                    f"{transport.names([other, rank])} use the same {_name(card)}, which NCCL cannot",
                     hint="start no more ranks on a node than it has GPUs; let every rank see its own or all of them")
         if card["nccl"] != cards[0]["nccl"]:
             raise ConfigError(

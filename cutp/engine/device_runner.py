@@ -1,4 +1,4 @@
-"""`ModelRunner` on a GPU: passes as `DevicePass` runs them, and plain decoding by captured graphs, ahead of the host."""
+"""`ModelRunner` on a GPU: passes as `DevicePass` runs them, and plain decoding by graphs, ahead of the host."""
 
 from __future__ import annotations
 

@@ -45,6 +45,8 @@ from cutp.nn.device_limits import fit_to_kernels
 from cutp.nn.distributed_transformer import DistributedTransformer
 from cutp.nn.storage import DeviceStorage
 
+# Bytes of weights from which on the time to read them is of interest.
+_WORTH_TELLING = 10**9
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 8192
 
 log = logging.getLogger("cutp")
@@ -191,7 +193,7 @@ def read_weights(loaded: LoadedModel, replicas: Replicas, progress: Callable[[in
         with loaded.checkpoint as checkpoint:
             loaded.report = load_weights(loaded.model, checkpoint, loaded.family, advance)
         loaded.checkpoint = None
-    if replicas.comm.rank == 0:
+    if replicas.comm.rank == 0 and loaded.report.bytes > _WORTH_TELLING:
         report = loaded.report
         log.info("rank 0 (%s): read %.1f GB of weights in %.2f s, %.1f GB/s", replicas.comm.hosts[0],
                  report.bytes / 1e9, report.seconds, report.gb_per_second)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from cutp.array.scratch import frame
+from cutp.array.scratch import frame, on_device
 from cutp.comm.device_group import DeviceGroup
 from cutp.errors import ConfigError
 from cutp.kv_cache.paged import PagedKVCache
@@ -134,7 +134,7 @@ class DistributedTransformerBlock(Module):
         """attention(x) + mlp(x): the partial sums of both are added before they are reduced."""
         attended = self.self_attn.attended(layer_idx, xs, caches, batch)
         projections = [shard.o_proj for shard in self.self_attn.shards]
-        if not self.overlap_down_proj:
+        if not self.overlap_down_proj or on_device(xs[0]):  # where joining both inputs would cost a pass over them
             partial = forward_sharded_layers(projections, attended)
             return self.group.all_reduce(_sums(partial, self._partial_feed_forward(xs, batch)))
         activated = forward_sharded_layers([mlp.activated for mlp in self.mlp], xs)

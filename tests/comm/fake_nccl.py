@@ -236,6 +236,8 @@ class NcclCommunicator:
                         self.gpu.cupy.problems.append(f"call {number} runs beside call {self.ended}")
                     time.sleep(self.gpu.slow)
                     parts = self._clique.meet(self, number, bring())
+                    if self.destroyed:
+                        self.gpu.cupy.problems.append(f"call {number} ends after the communicator was destroyed")
                     self.ended += 1
                     if parts is not None:
                         if len({head for head, _ in parts}) > 1:

@@ -198,10 +198,23 @@ def test_sums_on_the_second_stream_overlap_and_keep_their_order(cupy, run):
             check(cupy, handle.wait(), expected_sum(parts), "async")
         assert last.wait() is out
         check(cupy, out, np.full(9, n, np.float32), "async out=")
+        assert comm._collectives._pending == []
         used = gpu.calls[len(nccl_link._WARM_UP_SIZES) + 3 :]
         assert len(set(used[:3])) == 1 and used[3] not in used[:3] and used[4] == used[0] and used[0] != main
 
     run(3, body)
+
+
+def test_closing_waits_for_sums_on_the_second_stream(cupy, run):
+    def body(comm, gpu):
+        comm.connect_gpus()
+        gpu.slow = 0.1
+        out = cupy.empty(3, np.float64)
+        comm.all_reduce_async(cupy.upload(np.ones(3)), out=out)
+        comm.close()
+        assert out.view(np.ndarray).tolist() == [2.0] * 3 and gpu.comms[0].destroyed
+
+    run(2, body)
 
 
 def test_results_lie_in_the_scratch_in_use_and_temporaries_are_given_back(cupy, run):

@@ -13,7 +13,15 @@ import pytest
 from cutp import run_threads
 from cutp.array.graph import Stream, capture
 from cutp.comm import nccl_link
-from cutp.errors import ClosedError, CommError, CommTimeoutError, ConfigError, DeviceError, PeerFailedError
+from cutp.errors import (
+    ClosedError,
+    CommError,
+    CommTimeoutError,
+    ConfigError,
+    DeviceError,
+    DeviceMappingError,
+    PeerFailedError,
+)
 from tests.comm.fake_nccl import fake_cupy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +85,7 @@ def test_two_ranks_on_one_gpu(cupy):
         gpu.card = "GPU-same" if gpu.index else "GPU-0"
 
     for error, _, _ in outcomes(cupy, 3, lambda comm, gpu: comm.connect_gpus(), prepare):
-        assert isinstance(error, ConfigError)
+        assert isinstance(error, DeviceMappingError)
         assert "rank 1 (host " in str(error) and "and rank 2 (host " in str(error) and "GPU-same" in str(error)
 
 
@@ -95,7 +103,7 @@ def test_no_id(cupy):
 
     cupy.cuda.nccl.get_unique_id = no_id
     for error, _, _ in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus()):
-        assert isinstance(error, CommError) and "cannot make an id" in str(error) and "NCCL_SOCKET_IFNAME" in str(error)
+        assert type(error) is CommError and "cannot make an id" in str(error) and "NCCL_SOCKET_IFNAME" in str(error)
 
 
 def test_a_rank_that_cannot_connect(cupy):
@@ -136,6 +144,15 @@ def test_deadline_of_the_first_exchange_aborts(cupy):
     assert any("a first exchange" in str(error) for error, _, _ in got)
     for error, seconds, gpu in got:
         assert isinstance(error, CommError) and seconds < 2 and "abort" in gpu.log and "destroy" not in gpu.log
+
+
+def test_a_peer_that_fails_in_the_first_exchange(cupy):
+    def prepare(gpu):
+        gpu.refuse = "call" if gpu.index == 1 else None
+
+    for error, seconds, gpu in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus(), prepare):
+        assert isinstance(error, CommError) and "a first exchange" in str(error) and "NCCL_ERROR_5" in str(error)
+        assert seconds < 2 and gpu.log.count("abort") == 1
 
 
 def test_deadline_on_the_gpu_names_the_missing_rank(cupy):

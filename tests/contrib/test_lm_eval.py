@@ -127,16 +127,19 @@ def test_ranks_that_follow(ranks, tp):
 @pytest.mark.parametrize("calls", [0, 1])
 def test_an_error_on_rank_0_releases_the_others(calls):
     def rank_main(comm):
-        with CutpLM(comm=comm) as lm:
-            if not lm.is_root:
-                return lm.follow()
-            for _ in range(calls):
-                with pytest.raises(RequestError):
-                    lm.llm.score([("a", "")])
-            raise KeyError("no such task")
+        try:
+            with CutpLM(comm=comm) as lm:
+                if not lm.is_root:
+                    lm.follow()
+                    return "released"
+                for _ in range(calls):
+                    with pytest.raises(RequestError):
+                        lm.llm.score([("a", "")])
+                raise KeyError("no such task")
+        except KeyError:
+            return "raised"
 
-    with pytest.raises(BaseException, match="no such task"):
-        run_threads(2, rank_main, timeout=20)
+    assert run_threads(2, rank_main, timeout=20) == ["raised", "released"]
 
 
 def test_rolling_predicts_every_token_once(recorded):
@@ -239,3 +242,33 @@ def test_an_open_llm_is_taken_over():
         assert lm.llm is llm
     with pytest.raises(ClosedError):
         llm.score("a")
+
+
+def test_every_answer_is_kept_as_it_comes(lm, monkeypatch):
+    """What the harness's cache gets while requests run, so that an evaluation that was killed goes on."""
+    kept = []
+
+    class Hook:
+        def add_partial(self, kind, request, answer):
+            kept.append((kind, request, answer))
+
+    monkeypatch.setattr(lm, "cache_hook", Hook())
+    settings = {"max_gen_toks": 2}
+    answers = [*lm.loglikelihood(pairs(PAIRS[0], PAIRS[3]), disable_tqdm=True),
+               *lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("a",)])),
+               *lm.generate_until(instances("generate_until", [("The king", settings)]))]
+    assert kept == [("loglikelihood", PAIRS[0], answers[0]), ("loglikelihood", PAIRS[3], answers[1]),
+                    ("loglikelihood_rolling", ("a",), answers[2]),
+                    ("generate_until", ("The king", settings), answers[3])]
+
+
+def test_text_is_decoded_without_its_prompt(tales_copy):
+    """As the harness does it: a tokenizer whose decoder drops the first space of a text drops it here too."""
+    path = tales_copy / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["decoder"] = {"type": "Sequence", "decoders": [
+        settings["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    path.write_text(json.dumps(settings))
+    with CutpLM(tales_copy) as lm:
+        [text] = lm.generate_until(instances("generate_until", GENERATION[:1]))
+    assert text == GOLDEN["requests"]["null"]["generation"][0].removeprefix(" ")

@@ -180,13 +180,24 @@ def test_a_rank_that_does_not_come(missing, monkeypatch):
             return
         reports[comm.rank] = examine(comm, [good("a"), good("b")], 0.2)
 
+    began = time.monotonic()
     run_threads(N, body, timeout=30)
+    assert time.monotonic() - began < 10
     assert sorted(reports) == sorted({0, 1, 2} - {missing})
     for report in reports.values():
         [finding] = report.findings
         assert finding.status == "FAIL" and finding.message.startswith("the ranks cannot talk to each other: ")
         assert report.broken and report.stuck and report.exit_code == 7
     assert any(f"for rank {missing}" in report.findings[0].message for report in reports.values())
+
+
+def test_a_slow_rank_is_waited_for():
+    check = on_rank_1(lambda: time.sleep(0.8))
+
+    def body(comm):
+        return [finding.status for finding in examine(comm, [check], 5).findings]
+
+    assert run_threads(N, body, timeout=0.2) == [["OK"]] * N
 
 
 def test_peers_of_a_failed_rank_add_nothing():

@@ -1,4 +1,4 @@
-"""Hundreds of requests that come, go and are cancelled, through a cache too small for them: each equals itself alone."""
+"""Hundreds of requests that come, go and are cancelled, in a cache too small for them: each equals itself alone."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from cutp.ops.philox import gumbel_noise
 CASE, VOCAB = "gqa", 512
 COUNT = 500
 PAGES = 8
-# Two candidates whose scores differ by less may change places when a sum of a matrix product is formed in another order.
+# Two candidates whose scores differ by less may change places when a matrix product is summed in another order.
 NEAR = 1e-4
 
 
@@ -25,7 +25,8 @@ def random_requests(seed=0):
     for index in range(COUNT):
         own = rng.integers(0, VOCAB, int(rng.integers(1, 45))).tolist()
         prompt = stems[int(rng.integers(3))][: int(rng.integers(30, 81))] + own if rng.random() < 0.3 else own
-        params = {"max_tokens": int(rng.integers(1, 180 if rng.random() < 0.08 else 14)), "temperature": float(rng.choice([0.0, 0.0, 0.7, 1.5])),
+        most = 180 if rng.random() < 0.08 else 14
+        params = {"max_tokens": int(rng.integers(1, most)), "temperature": float(rng.choice([0.0, 0.0, 0.7, 1.5])),
                   "seed": int(rng.integers(2**63)), "ignore_eos": bool(rng.random() < 0.5)}
         if rng.random() < 0.3:
             params |= {"top_k": int(rng.choice([0, 5, 50])), "top_p": float(rng.choice([0.6, 1.0])),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from cutp import LLM, run_threads
+from cutp.array.device import DeviceRef
 from cutp.checkpoint.config import load_config
 from cutp.comm.device_group import DeviceGroup
 from cutp.engine import memory as memory_plan
-from cutp.engine.loading import EngineOptions
+from cutp.engine.loading import EngineOptions, _default_dtype
 from cutp.engine.memory import parse_bytes, plan_cache_pages, plan_device_memory, weight_bytes
 from cutp.engine.replicas import split_replicas
 from cutp.errors import CapacityError, ConfigError
@@ -161,3 +162,10 @@ def test_progress_adds_up(tiny):
         pass
     assert seen[-1][0] == seen[-1][1] and len({total for _, total in seen}) == 1
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("saved, on_gpu", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bfloat16"),
+                                           (None, "bfloat16"), ("float8_e4m3fn", "bfloat16")])
+def test_default_dtypes(saved, on_gpu):
+    assert _default_dtype(DeviceRef.CPU(), saved) == "float32"
+    assert _default_dtype(DeviceRef.GPU(), saved) == on_gpu

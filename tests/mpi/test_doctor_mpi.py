@@ -88,6 +88,13 @@ def test_a_rank_that_holds_pythons_lock():
     assert "for rank 1 (host " in checks["software"]["message"]
 
 
+def test_rank_0_that_holds_pythons_lock():
+    """Nobody can print the report; the other ranks say why the job ends."""
+    code, out, err, seconds = doctor(3, "--timeout", "1", what="stubborn", FAILING_RANK="0")
+    assert code != 0 and seconds < 25 and "Traceback" not in out + err
+    assert "FAIL software: the ranks cannot talk to each other" in err and "for rank 0 (host " in err
+
+
 def test_a_rank_that_ends():
     """The launcher ends the job: nothing may hang, and what was found until then is there."""
     code, out, err, seconds = doctor(3, what="dying")

@@ -83,4 +83,4 @@ def test_a_communicator_left_open_does_not_hang_at_exit():
 
 def test_two_ranks_on_one_gpu():
     _, lines, done, _ = run("one_gpu")
-    assert all("ConfigError" in lines[r][0] and "use the same GPU 0" in lines[r][0] for r in (0, 1)), done.stderr
+    assert all("DeviceMappingError" in lines[r][0] and "use the same GPU 0" in lines[r][0] for r in (0, 1)), done.stderr

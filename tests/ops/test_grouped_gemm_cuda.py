@@ -332,3 +332,22 @@ def test_the_most_tiles():
 
     for rows, experts, tile in product(range(1, 12), (1, 2, 3, 4), (2, 3, 5)):
         assert most_row_tiles(rows, experts, tile) == max(sum(-(-g // tile) for g in w) for w in ways(rows, experts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equally_many_rows_without_offsets(device, dtype):
+    rng = np.random.default_rng(9)
+    for experts, rows in ((1, 37), (3, 24), (2, 0)):
+        x, weight = integers(rng, rows, 40).astype(dtype), integers(rng, experts, 24, 40).astype(dtype)
+        out = device.poisoned((rows, 24), float32)
+        grouped_linear(device.array(x), device.array(weight), None, out=out, pdl=True)
+        offsets = (np.arange(experts + 1) * (rows // experts)).astype(np.int32)
+        expected = moe.grouped_linear(x.astype(float32), weight.astype(float32), offsets)
+        np.testing.assert_array_equal(device.numpy(out), expected)
+
+
+@emulated_only
+def test_rows_that_cannot_be_divided_evenly(device):
+    with pytest.raises(ConfigError, match="7 rows cannot be divided evenly among 2 experts"):
+        grouped_linear(np.zeros((7, 8), np.float32), np.zeros((2, 8, 8), np.float32), None,
+                       out=np.zeros((7, 8), np.float32))

@@ -231,3 +231,22 @@ def test_bad_arguments(device):
         latent_decode_plan(np.ones(2, np.int32), 16, plan=np.zeros((2, 4), np.int32))
     with pytest.raises(ConfigError, match="kv_lengths has dtype"):
         latent_decode_plan(np.ones(2, ml_dtypes.bfloat16), 16, plan=np.zeros((3, 4), np.int32))
+
+
+def test_tokens_of_prompts(device):
+    """Rows that share the row of their request in the table; only long ones are divided."""
+    case = Case(bfloat16, [0, 70, 33], 3)
+    rows = np.array([1, 2, 1, 1, 0])
+    tokens = case.rows(*rows)
+    tokens.lengths = np.array([70, 33, 1, 65, 0], np.int32)
+    shapes = latent_decode_workspace(5, 70, 3, whole=True)
+    assert shapes.plan == (6, 4) and latent_decode_workspace(1, 4097, 3, whole=True).plan == (4, 4)
+    plan, partials = device.poisoned(shapes.plan, np.int32), device.poisoned(shapes.partials, np.float32)
+    out = device.poisoned((5, 3, VALUE_DIM), bfloat16)
+    lengths = device.array(tokens.lengths)
+    latent_decode_plan(lengths, 3, whole=True, plan=plan)
+    latent_decode_attention(device.array(case.q[rows]), device.array(case.pages), device.array(case.table), lengths,
+                            plan, case.scale, table_rows=device.array(rows), whole=True, partials=partials, blocks=4,
+                            out=out)
+    assert device.numpy(plan)[0, 0] == 4
+    assert_close(device.numpy(out), tokens)

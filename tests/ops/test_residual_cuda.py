@@ -5,7 +5,7 @@ import pytest
 
 from cutp.errors import ConfigError
 from cutp.ops import residual as reference
-from cutp.ops.residual_cuda import finish_logits, residual_add, scale
+from cutp.ops.residual_cuda import clip, finish_logits, residual_add, scale, scale_rows
 from tests.emulation.emulator import needs_compiler
 from tests.ops.kernel_results import (
     DTYPES,
@@ -161,3 +161,29 @@ def test_arguments_that_do_not_fit_the_logits(change, message):
     given = {"logits": np.zeros(8, bfloat16), "out": np.zeros(8, np.float32), **change}
     with pytest.raises(ConfigError, match=f"finish_logits: {message}"):
         finish_logits(**given)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 8.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clip(device, dtype, limit):
+    for shape in SHAPES:
+        x = values(6, shape, dtype)
+        got, expected = run(device, clip, [x], limit, pdl=True), reference.clip(x, limit)
+        # Zeros of either sign are equal to a limit of 0.
+        np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
+    with pytest.raises(ConfigError, match="limit is -1"):
+        clip(x, -1.0, out=x)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 264), (2, 4104), (0, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_rows(device, dtype, shape):
+    x, shares = values(7, shape, dtype), random_values(8, (shape[0], 1), dtype)
+    assert_same_bits(run(device, scale_rows, [x, shares], pdl=True), reference.scale_rows(x, shares))
+
+
+def test_rows_that_cannot_be_scaled():
+    with pytest.raises(ConfigError, match="scale_rows: .*multiple of 16 bytes"):
+        scale_rows(np.zeros((2, 6), np.float32), np.zeros((2, 1), np.float32), out=np.zeros((2, 6), np.float32))
+    with pytest.raises(ConfigError, match=r"shares has shape \(2,\); it needs \(2, 1\)"):
+        scale_rows(np.zeros((2, 8), np.float32), np.zeros(2, np.float32), out=np.zeros((2, 8), np.float32))

@@ -6,7 +6,7 @@ import pytest
 from cutp.errors import ConfigError
 from cutp.ops import rotary as reference
 from cutp.ops.kv_write import kv_write
-from cutp.ops.rotary_cuda import rotary_kv_write, rotary_table
+from cutp.ops.rotary_cuda import narrow_heads, rotary_kv_write, rotary_table
 from tests.emulation.emulator import needs_compiler
 from tests.ops.kernel_results import (
     DTYPES,
@@ -306,3 +306,38 @@ def test_head_sizes_that_are_refused(head_dim, dtype):
     with pytest.raises(ConfigError, match=f"heads of {head_dim} {dtype} elements; they need a multiple of 16 bytes"):
         rotary_kv_write(case.qkv, case.cos, case.sin, case.slots, np.zeros(case.pages_shape, dtype),
                         q_out=np.zeros((1, 1, head_dim), dtype))
+
+
+# ---- heads that become longer by zeros, and shorter again
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 20, 32])
+@pytest.mark.parametrize("head_dim, width", [(32, 64), (48, 64), (112, 128), (192, 256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_longer_heads(device, dtype, head_dim, width, rotary_dim):
+    case = Case(8, dtype, 4, 3, 2, head_dim, rotary_dim)
+    case.slots[1] = -1
+    short_q, short_pages = case.run(device)
+    q_out = device.poisoned((4, 3, width), dtype)
+    pages = device.poisoned((*short_pages.shape[:4], width), dtype)
+    inputs = read_only(device, case.qkv, case.cos, case.sin, case.slots)
+    rotary_kv_write(*inputs, pages, q_out=q_out, interleaved=case.interleaved, pdl=True)
+    for got, short in ((device.numpy(q_out), short_q), (device.numpy(pages), short_pages)):
+        assert_same_bits(np.ascontiguousarray(got[..., :head_dim]), short)
+        written = ~np.isnan(short[..., 0].astype(np.float32))
+        assert not got[written][:, head_dim:].any() and np.isnan(got[~written].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("head_dim, width", [(8, 64), (112, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_heads(device, dtype, head_dim, width):
+    for shape in ((3, 5, width), (40, 2, width), (0, 2, width)):
+        x, out = random_values(9, shape, dtype), device.poisoned((*shape[:2], head_dim), dtype)
+        narrow_heads(*read_only(device, x), out=out, pdl=True)
+        assert_same_bits(device.numpy(out), np.ascontiguousarray(x[..., :head_dim]))
+
+
+@pytest.mark.parametrize("head_dim, width", [(72, 64), (6, 64), (0, 64)])
+def test_heads_that_cannot_be_narrowed(head_dim, width):
+    with pytest.raises(ConfigError, match="narrow_heads: .*multiple of 16 bytes"):
+        narrow_heads(np.zeros((2, 3, width), np.float32), out=np.zeros((2, 3, head_dim), np.float32))
