@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,8 @@ from cutp.array.dtypes import compute_dtype, dtype_name
 from cutp.checkpoint.files import resolve_model
 from cutp.comm.device_mapping import place_rank
 from cutp.comm.launch import as_communicator
-from cutp.engine.calls import CLOSE, Call, Calls
+from cutp.engine.calls import CLOSE, Calls
+from cutp.engine.handlers import ADDED, Handlers
 from cutp.engine.intake import Intake, read_generation, read_scoring
 from cutp.engine.loading import EngineOptions, LoadedModel, make_core, open_model, plan_memory, read_weights
 from cutp.engine.memory import memory_report
@@ -34,9 +34,6 @@ from cutp.errors import ClosedError, CommError, CutpError, RequestError
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Messages = Sequence[Mapping[str, Any]]
-
-# The batch of requests that are added one by one.
-_ADDED = 0
 
 
 class LLM:
@@ -65,9 +62,6 @@ class LLM:
                  progress: Callable[[int, int], None] | None = None, **options: Any):
         self._work: Workload | None = None
         self._replicas: Replicas | None = None
-        # The stream under way, and the last one that was left before its end.
-        self._stream: int | None = None
-        self._left = 0
         self.comm, self._owns_comm = as_communicator(comm)
         try:
             with self.comm.host.agree("loading the model"):
@@ -95,17 +89,12 @@ class LLM:
         self.max_len, self.dtype = loaded.max_len, loaded.dtype
         self.on_gpu = loaded.memory is not None
         self.load_report = None if loaded.report is None else loaded.report.to_dict()
-        self._intake = Intake(loaded.tokenizer, loaded.chat_template, loaded.defaults, loaded.model.vocab_size,
-                              loaded.max_len, len(loaded.model.layers), core.check_capacity)
+        intake = Intake(loaded.tokenizer, loaded.chat_template, loaded.defaults, loaded.model.vocab_size,
+                        loaded.max_len, len(loaded.model.layers), core.check_capacity)
         self._work = Workload(core, self._replicas, loaded.tokenizer, loaded.defaults.eos_token_ids,
                               loaded.share_prefix)
-        self._calls = Calls(self.comm, self._prepare)
-        self._handlers: dict[str, Callable[[Any], Any]] = {
-            "generate": self._work.generate, "stream": self._start_stream, "stream step": self._stream_step,
-            "add_request": self._add, "cancel": lambda key: self._work.cancel(_ADDED, key),
-            "step": lambda _: self._work.step(_ADDED), "score": self._score, "perplexity": self._perplexity,
-            "hidden_states": self._hidden_states,
-        }
+        self._handlers = Handlers(self._work, intake)
+        self._calls = Calls(self.comm, self._handlers.prepare)
 
     @property
     def is_root(self) -> bool:
@@ -177,7 +166,7 @@ class LLM:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` still has events to bring; equal on all ranks."""
-        return self._opened().is_open(_ADDED)
+        return self._opened().is_open(ADDED)
 
     def cancel(self, request_id: int | str | None = None) -> None:
         """Ends a request that was added; its result so far, with finish_reason "cancelled", comes with the next `step`.
@@ -253,7 +242,7 @@ class LLM:
                 continue  # rank 0 has the same error, and goes on
             if call.name == CLOSE:
                 return self._free()
-            self._handle(call)
+            self._handlers.handle(call)
 
     def stats(self) -> dict[str, Any]:
         """Counters of this rank's replica since it was made (`EngineStats`), with what runs and waits now."""
@@ -284,7 +273,7 @@ class LLM:
     def _free(self) -> None:
         if self._work is not None:
             self._work.core.close()
-        self._work = self.model = self._intake = None
+        self._work = self.model = None
         if self._replicas is not None:
             self._replicas.close()
         if self._owns_comm:
@@ -313,77 +302,15 @@ class LLM:
 
     def _call(self, name: str, read: Callable[[], Any] | None = None, given: bool = True) -> Any:
         self._opened()
-        leave = self._stream is not None and name != "stream step"
-        return self._handle(self._calls.begin(name, read, given, leave=leave))
-
-    def _handle(self, call: Call) -> Any:
-        if call.leave and self._stream is not None:
-            self._work.cancel(self._stream)
-            self._left, self._stream = self._stream, None
-        return self._handlers[call.name](call.value)
-
-    def _prepare(self, name: str, value: Any) -> Any:
-        """Rank 0's work on the input of a call."""
-        if name in ("generate", "stream"):
-            return self._intake.generation(value)
-        if name == "add_request":
-            [prepared] = self._intake.generation(value)
-            if value["id"] is not None and self._work.is_open(_ADDED, value["id"]):
-                raise RequestError(f"an unfinished request has the id {value['id']!r}")
-            return {**prepared, "id": value["id"], "cache_salt": value["cache_salt"]}
-        if name == "cancel":
-            if not self._work.is_open(_ADDED, value):
-                raise RequestError(f"no unfinished request has the id {value!r}")
-            return value
-        prepare = {"score": self._intake.scoring, "perplexity": self._intake.rolling,
-                   "hidden_states": self._intake.hidden_states}
-        return prepare[name](value)
-
-    def _start_stream(self, prepared: list[dict]) -> int:
-        self._stream = self._work.start(prepared)
-        return self._stream
-
-    def _stream_step(self, _: Any) -> list[StreamEvent]:
-        events = self._work.step(self._stream)
-        if not self._work.is_open(self._stream):
-            self._stream = None
-        return events
+        leave = self._handlers.stream is not None and name != "stream step"
+        return self._handlers.handle(self._calls.begin(name, read, given, leave=leave))
 
     def _events(self, batch: int) -> Generator[StreamEvent, None, None]:
-        while self._work is not None and self._stream == batch:
+        while self._work is not None and self._handlers.stream == batch:
             for event in self._call("stream step"):
-                if self._work is None or self._left == batch:
+                if self._work is None or self._handlers.left == batch:
                     return
                 yield event
-
-    def _add(self, prepared: dict) -> int | str:
-        key = self._work.next_key() if prepared["id"] is None else prepared["id"]
-        self._work.add(_ADDED, key, prepared)
-        return key
-
-    def _score(self, prepared: list[dict]) -> list[ScoreOutput]:
-        outputs = []
-        for index, (each, (logprobs, greedy)) in enumerate(zip(prepared, self._work.score(prepared), strict=True)):
-            ids, first = each["ids"], each["first"]
-            if each["pair"]:
-                values = tuple(ids[first:]), tuple(logprobs), tuple(greedy), tuple(ids[:first])
-            else:
-                values = tuple(ids), (None, *logprobs), (None, *greedy)
-            outputs.append(ScoreOutput(index, *values))
-        return outputs
-
-    def _perplexity(self, prepared: list[dict]) -> list[PerplexityOutput]:
-        scored = iter(self._work.score([window for text in prepared for window in text["windows"]]))
-        outputs = []
-        for index, text in enumerate(prepared):
-            values = [value for _ in text["windows"] for value in next(scored)[0]]
-            outputs.append(PerplexityOutput(index, math.fsum(values), len(values), text["bytes"]))
-        return outputs
-
-    def _hidden_states(self, prepared: dict) -> list[HiddenStatesOutput]:
-        arrays = self._work.hidden_states(prepared)
-        return [HiddenStatesOutput(index, tuple(ids), tuple(prepared["layers"]), array)
-                for index, (ids, array) in enumerate(zip(prepared["prompts"], arrays, strict=True))]
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,9 @@ from cutp.ops.latent_decode_cuda import (
 )
 
 
+_PARTIALS_BYTES = 512 << 20  # of the results of parts of requests
+
+
 @dataclass(frozen=True)
 class LatentShape:
     """What the attention layers of a model have in common on this rank."""
@@ -59,26 +62,32 @@ class LatentWorkspace:
 
     def __init__(self, memory: Memory, shape: LatentShape, batch: int, max_length: int, multiprocessors: int,
                  dtype: np.dtype):
-        self.n_heads, self.max_length = shape.n_heads, max_length
+        self.n_heads = shape.n_heads
         self.fast = dtype.itemsize == 2 and (shape.channels, shape.value_dim) == (CHANNELS, VALUE_DIM)
         if self.fast:
-            sizes = latent_decode_workspace(batch, max_length, shape.n_heads)
-            self.plan, self.prompt_plan = (memory.empty(sizes.plan, np.int32) for _ in range(2))
+            # Requests are as many a launch as there is room for partial results.
+            one = latent_decode_workspace(1, max_length, shape.n_heads)
+            self.rows = min(batch, max(1, _PARTIALS_BYTES // (4 * one.partials[0])))
+            sizes = latent_decode_workspace(self.rows, max_length, shape.n_heads)
+            self.plans = [memory.empty(sizes.plan, np.int32) for _ in range(0, batch, self.rows)]
+            self.prompt_plan = memory.empty(sizes.plan, np.int32)
             self.partials = memory.empty(sizes.partials, np.float32)
             self.blocks = multiprocessors * blocks_per_multiprocessor(shape.n_heads)
 
     def prepare(self, kv_lengths: Any) -> None:
         """Lists the work of requests with one new token each, once for all layers."""
         if self.fast:
-            latent_decode_plan(kv_lengths, self.n_heads, plan=self.plan, pdl=True)
+            for rows, plan in self._launches(kv_lengths):
+                latent_decode_plan(kv_lengths[rows], self.n_heads, plan=plan, pdl=True)
 
     def attend_decode(self, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, scale: float, out: Any) -> None:
         """The rows of requests with one new token each."""
         if not self.fast:
             latent_attention(q, pages, lookup_table, kv_lengths, scale, out=out, pdl=True)
             return
-        latent_decode_attention(q, pages, lookup_table, kv_lengths, self.plan, scale, partials=self.partials,
-                                blocks=self.blocks, out=out, pdl=True)
+        for rows, plan in self._launches(kv_lengths):
+            latent_decode_attention(q[rows], pages, lookup_table[rows], kv_lengths[rows], plan, scale,
+                                    partials=self.partials, blocks=self.blocks, out=out[rows], pdl=True)
 
     def attend_prompts(self, q: Any, pages: Any, lookup_table: Any, lengths: Any, table_rows: Any, scale: float,
                        out: Any) -> None:
@@ -96,3 +105,8 @@ class LatentWorkspace:
             latent_decode_attention(q[rows], pages, lookup_table, lengths[rows], self.prompt_plan, scale,
                                     table_rows=table_rows[rows], whole=True, partials=self.partials,
                                     blocks=self.blocks, out=out[rows], pdl=True)
+
+    def _launches(self, kv_lengths: Any) -> list[tuple[slice, Any]]:
+        """Rows, and the plan they have."""
+        firsts = range(0, kv_lengths.shape[0], self.rows)
+        return [(slice(first, first + self.rows), plan) for first, plan in zip(firsts, self.plans, strict=False)]

@@ -25,7 +25,8 @@ def fit_to_kernels(model: DistributedTransformer) -> None:
     for module in model.modules():
         if isinstance(module, MultiHeadLatentAttention):
             width = vector_width(model.kv_params.dtype)
-            sizes = {"qk_nope_head_dim": module.qk_nope_head_dim, "kv_lora_rank": module.kv_lora_rank,
+            sizes = {"qk_nope_head_dim": module.qk_nope_head_dim, "v_head_dim": module.v_head_dim,
+                     "kv_lora_rank": module.kv_lora_rank,
                      "qk_nope_head_dim + qk_rope_head_dim": module.qk_head_dim}
             for name, size in sizes.items():
                 if size % width:

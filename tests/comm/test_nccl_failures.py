@@ -161,7 +161,10 @@ def test_deadline_on_the_gpu_names_the_missing_rank(cupy):
         if comm.rank == 1:
             time.sleep(2.5)  # neither a call nor a failure
             return None
-        return sum_and_wait(comm, cupy)
+        try:
+            return sum_and_wait(comm, cupy)
+        finally:
+            assert comm._transport.timeout == 1
 
     got = outcomes(cupy, 3, body, timeout=1)
     assert got[1][0] is None
@@ -211,6 +214,45 @@ def test_errors_of_nccl_itself(cupy, status):
     assert f"NCCL_ERROR_{status}" in str(got[0][0])
     assert isinstance(got[1][0], PeerFailedError) and "NCCL failed on GPU 0" in str(got[1][0])
     assert all(seconds < 2 and gpu.log.count("abort") == 1 for _, seconds, gpu in got)
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_an_error_of_nccl_is_seen_while_waiting_and_after(cupy, stuck):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 1:
+            cupy.released.wait(1)
+            return None
+        if stuck:
+            comm.all_reduce(cupy.upload(np.ones(4, np.float32)))
+        gpu.comms[0].async_error = 6
+        with pytest.raises(CommError, match="NCCL failed on GPU 0"):
+            comm.wait()
+        assert gpu.comms[0].aborted, "before the communicator is closed"
+        return "seen"
+
+    got = outcomes(cupy, 2, body)
+    assert got[0][0] == "seen" and got[0][1] < 0.9
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_failure_of_a_peer_aborts_at_once(cupy, waiting):
+    def body(comm, gpu):
+        sum_and_wait(comm, cupy)
+        if comm.rank == 1:
+            comm.fail(ValueError("no more"))
+            return None
+        total = comm.all_reduce if not waiting else comm.wait
+        with pytest.raises(PeerFailedError):
+            if waiting:
+                comm._collectives._link._streams[gpu.calls[-1]].do(lambda: cupy.released.wait(5))
+                total()
+            while not waiting:
+                total(cupy.upload(np.ones(4, np.float32)))
+        assert gpu.comms[0].aborted
+        return "aborted"
+
+    assert outcomes(cupy, 2, body)[0][0] == "aborted"
 
 
 def test_an_operation_in_progress_is_no_error(cupy):

@@ -11,6 +11,7 @@ from cutp import run_threads
 from cutp.array import cuda
 from cutp.array.device import DeviceRef
 from cutp.comm import nccl_link
+from cutp.comm.nccl import NcclCollectives
 from cutp.doctor import all_reduce, gpu, gpu_work
 from cutp.doctor.check import Job
 from cutp.doctor.checks import all_checks
@@ -312,8 +313,12 @@ def nccl_examined(cupy, n=2, timeout=20, prepare=lambda gpu: None):
     return run_threads(n, lambda comm: examine(comm, [alone], timeout).findings, timeout=30)[0]
 
 
-def test_nccl_all_reduce(nccl):
+def test_nccl_all_reduce(nccl, monkeypatch):
+    waits = []
+    waited = NcclCollectives.wait
+    monkeypatch.setattr(NcclCollectives, "wait", lambda self, stream=None: waits.append(1) or waited(self, stream))
     [finding] = nccl_examined(nccl)
+    assert len(waits) == 2 * 7  # what is timed is the sum, not the start of it
     assert finding.status in ("OK", "WARN") and "1 MB over 2 ranks is right" in finding.message, finding
     assert not nccl.problems and all(len(gpu.calls) >= 7 for gpu in nccl.gpus.values())
 

@@ -1,6 +1,7 @@
 """Launcher and MPI library, from made-up facts and from this environment."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -62,6 +63,9 @@ def test_the_library_is_asked_without_starting_it(monkeypatch):
     assert "mpi4py.MPI" not in sys.modules
     if facts["problem"] is None:
         assert facts["library"] and facts["mpi4py"].count(".") == 2 and float(facts["standard"]) >= 3
+        asked = subprocess.run([sys.executable, "-c", launcher._ASK + "print(MPI.Is_initialized())"], text=True,
+                               capture_output=True, stdin=subprocess.DEVNULL, timeout=40, check=False)
+        assert asked.stdout.endswith("}\nFalse\n"), asked
 
 
 @pytest.mark.parametrize(("program", "part"), [

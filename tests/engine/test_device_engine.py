@@ -11,7 +11,6 @@ from cutp.errors import CutpError
 from cutp.kv_cache.params import PAGE_SIZE
 from cutp.nn.module import Weight
 from cutp.ops.philox import gumbel_noise
-from tests import tiny_models
 from tests.wide_heads import VOCAB, write_checkpoint
 
 # Two candidates whose scores differ by less may change places when a sum is formed in another order.
@@ -98,7 +97,6 @@ def test_tokens_equal_the_cpus(cuda, wide, kind):
         expected = llm.generate(PROMPTS, KINDS[kind])
     with opened(wide(), "cuda", **TIGHT) as llm:
         assert_equal(llm.generate(PROMPTS, KINDS[kind]), expected)
-        assert llm.stats()["preemptions"] + llm.stats()["cached_tokens"] >= 0
         assert llm.memory()["cache_tokens_in_use"] == 0
 
 
@@ -243,7 +241,7 @@ def check_random_requests(path, count, seed=0, **options):
 
 
 def test_random_requests_equal_themselves_alone(cuda, wide):
-    check_random_requests(wide(), 40, max_running=11)
+    check_random_requests(wide(), 40, max_running=11, kv_tokens=5 * PAGE_SIZE)
 
 
 def test_a_request_that_was_preempted_goes_on(cuda, wide):
@@ -385,18 +383,6 @@ def check_model(path, change=None, prompts=PROMPTS[1:], **options):
     got_scores, got_outputs = measured("cuda", **TIGHT | options)
     np.testing.assert_allclose(arrays(got_scores), arrays(scores), rtol=0, atol=3e-4)
     assert_equal(got_outputs, outputs)
-
-
-DENSE = ("cohere2", "gemma2", "gemma3", "glm4", "granite", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-CASES = [case for family in DENSE for case in tiny_models.FAMILIES[family].cases]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_families(cuda, wide, case):
-    config = tiny_models.config(case)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    factors = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 64}
-    check_model(wide(tiny_models.CASES[case], case, **factors))
 
 
 ROPES = {

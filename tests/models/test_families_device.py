@@ -12,15 +12,16 @@ from cutp.errors import ConfigError
 from tests.device_arrays import DeviceArray
 from tests.wide_heads import VOCAB, write_checkpoint
 
-PROMPTS = [[7], [int(t) for t in np.random.default_rng(5).integers(0, VOCAB, 21)]]
+# Three requests that decode are a batch of four with a row of padding.
+PROMPTS = [[7], [int(t) for t in np.random.default_rng(5).integers(0, VOCAB, 21)], [3, 4]]
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 # One pass has room for one chunk of the long prompt beside a decoding request.
 OPTIONS = {"max_batch_tokens": 16, "max_running": 4, "kv_tokens": 512, "max_len": 128}
 
 LATENT = {"head_dim": 16, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
           "v_head_dim": 16, "q_lora_rank": 24, "num_hidden_layers": 2}
-# Name: family, what is peculiar to the checkpoint besides the sizes of tests/wide_heads.py. Windows are shorter than the
-# long prompt.
+# Name: family, what is peculiar to the checkpoint besides the sizes of tests/wide_heads.py. Windows are shorter than
+# the long prompt.
 CASES = {
     "mistral": ("mistral", {"sliding_window": 9}),
     "qwen2": ("qwen2", {}),
@@ -89,6 +90,18 @@ def test_bfloat16_is_as_close_to_float32_as_the_cpus(cuda, tmp_path, name):
     assert 0 < ours.mean() <= 2 * noise.mean() and ours.max() <= 3 * noise.max()
 
 
+def test_clipped_projections(cuda, tmp_path):
+    directory, results = checkpoint(tmp_path, "qwen2"), []
+    for device in ("cpu", "cuda"):
+        with LLM(directory, device=device, dtype="float32", **OPTIONS) as llm:
+            plain = llm.score(PROMPTS)[1].logprobs[1:]
+            for layer in llm.model.layers:
+                layer.self_attn.shards[0].clip_qkv = 0.4
+            results.append(llm.score(PROMPTS)[1].logprobs[1:])
+        assert np.abs(np.subtract(plain, results[-1])).max() > 1e-2
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-4)
+
+
 TWO_RANKS = {"olmo2": {}, "gpt_oss": {}, "mixtral": {}, "mixtral_whole_experts": {"CUTP_MOE": "expert"},
              "deepseek_v3_one_group": {}, "cohere2": {}}
 
@@ -120,7 +133,7 @@ def over_the_host(collective):
 
 
 @pytest.mark.parametrize(("family", "fields", "dtype", "message"), [
-    ("qwen3", {"head_dim": 260}, "float32", "attention heads of 260 float32 elements do not run on a GPU.* at most 256"),
+    ("qwen3", {"head_dim": 260}, "float32", "attention heads of 260 float32 elements do not run on a GPU.*most 256"),
     ("qwen3", {"head_dim": 36}, "bfloat16", "attention heads of 36 bfloat16 elements .* multiple of 8"),
     ("qwen3", {"hidden_size": 60}, "bfloat16", "'embed_tokens.weight' has rows of 60 bfloat16 elements"),
     ("deepseek_v3", LATENT | {"kv_lora_rank": 640}, "float32", "latents of the cache of 656 float32 .* at most 640"),
