@@ -62,7 +62,7 @@ class EngineCore:
         self.runner.close()
 
     def step(self) -> list[Event]:
-        """One forward pass; (request, text that is new) for every token that was generated, in the order of arrival
+        """One forward pass; (request, text that is new) for every request that has new tokens, in the order of arrival
         of the requests, and (request, "") for one that generates nothing and is done.
 
         An error that is not cutp's own is announced to the other ranks before it is raised, so none of them waits for
@@ -112,7 +112,7 @@ class EngineCore:
                 chunk.request.expect()
             self._ahead = following
             return events
-        return events + self._run_now(chunks) if chunks else events
+        return _joined(events + self._run_now(chunks)) if chunks else events
 
     def _arrived(self, step: PendingTokens) -> list[Event]:
         """The events of a step that was started before; requests that have ended meanwhile have none."""
@@ -176,3 +176,11 @@ class EngineCore:
         """Each request takes its next token."""
         self.stats.generated_tokens += len(requests)
         return [(request, request.append(int(token))) for request, token in zip(requests, tokens, strict=True)]
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """One event a request: it may have a token of the step before, which has just arrived, and one of this step."""
+    texts: dict[Request, str] = {}
+    for request, text in events:
+        texts[request] = texts.get(request, "") + text
+    return sorted(texts.items(), key=lambda event: event[0].id)

@@ -82,7 +82,8 @@ class DecodeGraphs:
             if self._use_graphs:
                 self._graphs[size, kind] = self._captured(size, kind)
         host = self._host_tokens[self._turn][:count]
-        return PendingTokens(list(requests), host, self._runner.memory.download(host, self._tokens[:count]))
+        return PendingTokens(list(requests), host, self._runner.memory.download(host, self._tokens[:count]),
+                             self._runner.comm)
 
     def close(self) -> None:
         """Gives up the graphs."""

@@ -61,7 +61,7 @@ class DevicePass(ModelRunner):
         hidden = self.model.hidden_states(batch, [self.cache], streams)
         if last in layers:
             streams[last] = self.model.normed(hidden)[0]
-        return hidden, [self.memory.numpy(streams[layer]) for layer in layers]
+        return hidden, [self.scores.fetched(streams[layer]) for layer in layers]
 
     def logits(self, hidden: list, rows: np.ndarray) -> Any:
         return self.model.local_logits(hidden, self.scores.uploaded(rows, np.int64))[0]

@@ -59,7 +59,7 @@ class DeviceSampler(Sampler):
         tokens = self._draw(logits_local, rows)
         if lines is not None:
             count_tokens(self._device_counts, self._vocab_start, lines, tokens, pdl=True)
-        return checked_tokens(self._memory.numpy(tokens))
+        return checked_tokens(self._scores.fetched(tokens))
 
     def record_logprobs(self, logits_local: Any, requests: Sequence[Request], tokens: Sequence[int]) -> None:
         counts = self._logprobs[[request.slot for request in requests]]

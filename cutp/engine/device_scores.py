@@ -33,7 +33,14 @@ class DeviceScores:
 
     def gather(self, x: Any) -> Any:
         """The ranks' x in rank order, [n_ranks, *x.shape]."""
-        return x[None] if self._comm.size == 1 else self._comm.all_gather(x[None], axis=0)
+        size = self._comm.size
+        return x[None] if size == 1 else self._comm.all_gather(x[None], axis=0, sizes=(1,) * size)
+
+    def fetched(self, x: Any) -> np.ndarray:
+        """`x` on the host; a rank that has failed meanwhile is heard of."""
+        if self._comm.size > 1:
+            self._comm.wait()
+        return self._memory.numpy(x)
 
     def logprobs(self, logits: Any, vocab_start: int, targets: Any,
                  top: int) -> list[tuple[float, bool, list[tuple[int, float]]]]:
@@ -47,6 +54,6 @@ class DeviceScores:
                  parts=empty((count, slices_per_row(columns), TOP_WORD + top), np.uint64),
                  tickets=self.zeros(count, np.uint32), records=empty((count, TOP_WORD + top), np.uint64), **out,
                  pdl=True)
-        values, greedy, ids, tops = (self._memory.numpy(array).tolist() for array in out.values())
+        values, greedy, ids, tops = (self.fetched(array).tolist() for array in out.values())
         likeliest = [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in zip(ids, tops, strict=True)]
         return list(zip(values, greedy, likeliest, strict=True))

@@ -74,6 +74,9 @@ class LLM:
             self._replicas = split_replicas(self.comm, tp)
             with self.comm.host.agree("opening the model"):
                 loaded = open_model(path, self._replicas, placement.device, kind, max_len, engine_options)
+            if placement.device.is_gpu():
+                # Before memory is planned: NCCL takes some of its own.
+                self._replicas.group.connect_gpus()
             plan_memory(loaded, self._replicas, engine_options, placement.sharers)
             with self.comm.host.agree("reading the weights"):
                 read_weights(loaded, self._replicas, progress if self.is_root else None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cutp.array.scratch import Download
+from cutp.comm.communicator import Communicator
 from cutp.engine.request import Request
 from cutp.errors import CutpError
 
@@ -18,10 +19,11 @@ class PendingTokens:
     requests: list[Request]
     host: np.ndarray
     arrived: Download
+    comm: Communicator
 
     def tokens(self) -> np.ndarray:
         """int64 [B], once they have arrived."""
-        self.arrived.synchronize()
+        self.comm.wait(self.arrived)
         return checked_tokens(self.host)
 
 

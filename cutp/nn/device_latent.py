@@ -26,7 +26,6 @@ from cutp.ops.latent_decode_cuda import (
     latent_decode_workspace,
 )
 
-
 _PARTIALS_BYTES = 512 << 20  # of the results of parts of requests
 
 

@@ -150,7 +150,7 @@ def random_requests(count, seed=0):
     for index in range(count):
         own = rng.integers(0, VOCAB, int(rng.integers(1, 45))).tolist()
         prompt = STEM[: int(rng.integers(30, len(STEM)))] + own if rng.random() < 0.3 else own
-        params = {"max_tokens": int(rng.integers(1, 120 if rng.random() < 0.1 else 14)), "seed": int(rng.integers(2**63)),
+        params = {"max_tokens": int(rng.integers(1, 100 if rng.random() < 0.2 else 14)), "seed": int(rng.integers(2**63)),
                   "temperature": float(rng.choice([0.0, 0.0, 0.7, 1.5])), "ignore_eos": bool(rng.random() < 0.5)}
         if rng.random() < 0.3:
             params |= {"top_k": int(rng.choice([0, 5, 50])), "top_p": float(rng.choice([0.6, 1.0])),
@@ -164,7 +164,7 @@ def random_requests(count, seed=0):
             params |= {"logprobs": 2, "prompt_logprobs": 3}
         if rng.random() < 0.1 and params["temperature"]:
             params["n"] = 3
-        arrival = index // 5 + int(rng.integers(10))
+        arrival = index // 8 + int(rng.integers(4))
         requests.append((prompt, SamplingParams(**params), arrival,
                          arrival + int(rng.integers(12)) if rng.random() < 0.1 else None))
     return requests
@@ -247,11 +247,11 @@ def test_random_requests_equal_themselves_alone(cuda, wide):
 def test_a_request_that_was_preempted_goes_on(cuda, wide):
     """With penalties, whose counts are made anew, and log-probabilities of its prompt."""
     params = SamplingParams(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.3, logprobs=1,
-                            prompt_logprobs=1, max_tokens=90, seed=2, ignore_eos=True)
-    prompts = [STEM[i : i + 30] for i in range(5)]
+                            prompt_logprobs=1, max_tokens=80, seed=2, ignore_eos=True)
+    prompts = [STEM[i : i + 60] for i in range(4)]
     with opened(wide(), "cpu") as llm:
         expected = llm.generate(prompts, params)
-    with opened(wide(), "cuda", max_running=5, kv_tokens=4 * PAGE_SIZE) as llm:
+    with opened(wide(), "cuda", max_running=4, kv_tokens=7 * PAGE_SIZE) as llm:
         assert_equal(llm.generate(prompts, params), expected)
         assert llm.stats()["preemptions"] > 0
 
@@ -302,12 +302,13 @@ def test_graphs_give_what_single_launches_give(cuda, wide, dtype):
 def test_batches_of_every_size(cuda, wide):
     """All requests alike get the same tokens in a batch of any size, padded or not."""
     prompts = [[i, i + 1] for i in range(18)]
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     with opened(wide(), "cpu") as llm:
-        expected = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+        expected = [output.token_ids for output in llm.generate(prompts, params)]
     with opened(wide(), "cuda", max_running=18) as llm:
-        for count in (1, 2, 3, 5, 9, 16, 17, 18):
-            assert [o.token_ids for o in llm.generate(prompts[:count], GREEDY)] == expected[:count]
-        assert {size for size, _ in graphs_of(llm)} == {1, 2, 4, 8, 16, 32}
+        for count in (1, 3, 5, 9, 16, 17, 18):
+            assert [o.token_ids for o in llm.generate(prompts[:count], params)] == expected[:count]
+        assert {size for size, _ in graphs_of(llm)} == {1, 4, 8, 16, 32}
 
 
 def test_batch_size():
@@ -328,10 +329,10 @@ def test_what_cannot_be_replayed_is_not(cuda, wide):
 def test_memory_does_not_grow(cuda, wide):
     """What a run takes is taken once: the second takes nothing."""
     def work(llm):
-        for params in KINDS.values():
-            llm.generate(PROMPTS, params)
-        llm.score(PROMPTS)
-        llm.hidden_states(PROMPTS, layers=[0, -1])
+        for kind in ("greedy", "filters", "everything"):
+            llm.generate(PROMPTS[1:4], KINDS[kind])
+        llm.score(PROMPTS[1:4])
+        llm.hidden_states(PROMPTS[1:4], layers=[0, -1])
 
     with opened(wide(), "cuda", **TIGHT) as llm:
         runner = llm._work.core.runner

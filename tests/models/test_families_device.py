@@ -9,6 +9,7 @@ import pytest
 from cutp import LLM, SamplingParams, run_threads
 from cutp.comm.communicator import Communicator
 from cutp.errors import ConfigError
+from cutp.ops import moe_routing_cuda
 from tests.device_arrays import DeviceArray
 from tests.wide_heads import VOCAB, write_checkpoint
 
@@ -147,3 +148,18 @@ def test_sizes_that_no_kernel_takes_are_refused_before_loading(cuda, tmp_path, f
         LLM(directory, device="cuda", dtype=dtype, **OPTIONS)
     with LLM(directory, device="cpu", dtype=dtype, **OPTIONS) as llm:
         assert len(llm.generate([[1, 2]], GREEDY)[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_routers_are_told_which_rows_are_padding(cuda, tmp_path, monkeypatch, name):
+    """Wrong experts of padding would change no result, only time."""
+    seen, route = [], moe_routing_cuda._route
+
+    def recorded(op, logits, top_k, slots, *arguments):
+        seen.append(slots)
+        return route(op, logits, top_k, slots, *arguments)
+
+    monkeypatch.setattr(moe_routing_cuda, "_route", recorded)
+    with LLM(checkpoint(tmp_path, name), device="cuda", dtype="float32", **OPTIONS) as llm:
+        llm.generate(PROMPTS, GREEDY)
+    assert seen and all(slots is not None for slots in seen)
