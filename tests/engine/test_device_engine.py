@@ -236,7 +236,7 @@ def check_random_requests(path, count, seed=0, **options):
         ties = count_ties(llm, found, alone, requests)
     print(f"{ties} of {count} requests differ from a near tie on; {stats}")
     assert ties <= max(1, count // 100)
-    for counter in ("cached_tokens", "requests_cancelled", "preemptions"):
+    for counter in ("cached_tokens", "requests_cancelled", *(["preemptions"] if count >= 100 else [])):
         assert stats[counter] > 0, counter
 
 
