@@ -14,6 +14,7 @@ from cutp.engine.llm import LLM
 from cutp.engine.request import Request
 from cutp.engine.sampling_params import SamplingParams
 from cutp.errors import RequestError
+from cutp.nn.moe import MoE
 
 _GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, ignore_eos=True, min_tokens=0,
                          repetition_penalty=1.0)
@@ -21,12 +22,18 @@ _GREEDY = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0,
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank must move and compute at least. weight_bytes: of the weights that every token reads, the head among
-    them and the embedding not. matrix_elements: of those weights, the head left out. kv_bytes: of one cached token."""
+    """What one rank must move and compute at least.
 
-    weight_bytes: int
+    matrix_elements: of the matrices that every token meets, the head and experts left out. head_elements: of the output
+    head. expert_elements: of all experts, of which a token meets `expert_share`. itemsize: bytes of a weight. kv_bytes:
+    of one cached token. The embedding's rows are not counted.
+    """
+
     matrix_elements: int
     head_elements: int
+    expert_elements: int
+    expert_share: float
+    itemsize: int
     kv_bytes: int
     heads: int
     head_dim: int
@@ -34,30 +41,34 @@ class Work:
 
     @classmethod
     def of(cls, llm: LLM) -> Work:
-        """Of a model without experts; of one with experts all are counted, although few are read."""
         model = llm.model
-        weights = dict(model.named_weights())
-        table = model.embed_tokens.shards[0].weight
-        head = model.lm_head.shards[0].weight
-        elements = {name: int(np.prod(weight.local_shape)) for name, weight in weights.items()}
-        itemsize = table.dtype.itemsize
-        read = sum(elements.values()) - (0 if head is table else int(np.prod(table.local_shape)))
-        head_elements = int(np.prod(head.local_shape))
+        elements = {name: int(np.prod(weight.local_shape)) for name, weight in model.named_weights()}
+        table, head = model.embed_tokens.shards[0].weight, model.lm_head.shards[0].weight
+        experts = sum(count for name, count in elements.items() if ".experts." in name)
+        mixtures = [module for module in model.modules() if isinstance(module, MoE)]
         attention = model.layers[0].self_attn.shards[0]
-        group = llm.comm.size // llm.replicas
-        return cls(read * itemsize, read - head_elements, head_elements,
-                   model.kv_params.bytes_per_token(group, llm.comm.rank % group), attention.n_heads,
-                   attention.head_dim, len(model.layers))
+        head_elements, table_elements = (int(np.prod(weight.local_shape)) for weight in (head, table))
+        read = sum(elements.values()) - (0 if head is table else table_elements)
+        return cls(
+            matrix_elements=read - head_elements - experts, head_elements=head_elements, expert_elements=experts,
+            expert_share=mixtures[0].gate.top_k / mixtures[0].routed.num_experts if mixtures else 0.0,
+            itemsize=table.dtype.itemsize,
+            kv_bytes=model.kv_params.bytes_per_token(llm.tp, llm.comm.rank % llm.tp),
+            heads=attention.n_heads, head_dim=attention.head_dim, layers=len(model.layers))
 
     def prefill_flop(self, prompts: int, length: int) -> float:
         """FLOP of `prompts` prompts of `length` tokens: matrices, causal attention, one row of logits each."""
         tokens = prompts * length
         attention = 4.0 * self.layers * self.heads * self.head_dim * prompts * length * (length + 1) / 2
-        return 2.0 * self.matrix_elements * tokens + attention + 2.0 * self.head_elements * prompts
+        matrices = self.matrix_elements + self.expert_elements * self.expert_share
+        return 2.0 * matrices * tokens + attention + 2.0 * self.head_elements * prompts
 
     def decode_bytes(self, batch: int, context: float) -> float:
-        """Bytes that one step of `batch` requests with `context` cached tokens reads."""
-        return self.weight_bytes + batch * context * self.kv_bytes
+        """Bytes that one step of `batch` requests with `context` cached tokens reads; of the experts, those that are
+        expected to be met when every token draws its own at random."""
+        met = 1.0 - (1.0 - self.expert_share) ** batch
+        weights = self.matrix_elements + self.head_elements + self.expert_elements * met
+        return weights * self.itemsize + batch * context * self.kv_bytes
 
 
 def limits(llm: LLM) -> dict[str, Any] | None:

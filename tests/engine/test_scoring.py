@@ -224,12 +224,12 @@ def test_names_in_errors(llm):
 
 
 def test_a_continuation_may_reach_one_token_beyond_the_context():
-    ids = list(range(4, 14))
-    with LLM(max_len=8, kv_tokens=8) as small, LLM() as whole:
-        [score] = small.score([(ids[:2], ids[2:9])])
-        [expected] = whole.score([(ids[:2], ids[2:9])])
+    ids = list(range(4, 22))
+    with LLM(max_len=16, kv_tokens=16) as small, LLM() as whole:
+        [score] = small.score([(ids[:2], ids[2:17])])
+        [expected] = whole.score([(ids[:2], ids[2:17])])
         np.testing.assert_allclose(score.logprobs, expected.logprobs, atol=1e-5)
-        with pytest.raises(RequestError, match="10 tokens, more than the 9"):
+        with pytest.raises(RequestError, match="18 tokens, more than the 17"):
             small.score([(ids[:2], ids[2:])])
-        with pytest.raises(RequestError, match="9 tokens, more than the 8"):
-            small.score([ids[:9]])
+        with pytest.raises(RequestError, match="17 tokens, more than the 16"):
+            small.score([ids[:17]])

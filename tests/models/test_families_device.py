@@ -111,7 +111,7 @@ TWO_RANKS = {"olmo2": {}, "gpt_oss": {}, "mixtral": {}, "mixtral_whole_experts":
 def test_two_ranks_equal_one(cuda, tmp_path, monkeypatch, name):
     """With sums by the host's communicator: this is about what each rank computes."""
     if cuda != "emulated":
-        pytest.skip("ranks that are threads share no GPU; under mpirun there is a test of its own")
+        pytest.skip("ranks that are threads share no GPU; tests/mpi/test_families_mpi.py runs on two")
     for key, value in TWO_RANKS[name].items():
         monkeypatch.setenv(key, value)
     for method in ("all_reduce", "all_gather"):

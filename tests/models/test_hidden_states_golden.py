@@ -37,6 +37,6 @@ def test_every_layer_equals_hugging_face(tiny, case, ranks):
             assert got.shape == states.shape and got.dtype == np.float32
             scale = np.abs(states).max(axis=(1, 2))
             for layer in layers:
-                np.testing.assert_allclose(got[layer], states[layer], rtol=0, atol=2e-6 * scale[layer])
-            np.testing.assert_allclose(last, states[:, -1], rtol=0, atol=2e-6 * scale.max())
-            np.testing.assert_allclose(mean, states.mean(axis=1), rtol=0, atol=2e-6 * scale.max())
+                np.testing.assert_allclose(got[layer], states[layer], rtol=0, atol=1e-5 * scale[layer])
+            np.testing.assert_allclose(last, states[:, -1], rtol=0, atol=1e-5 * scale.max())
+            np.testing.assert_allclose(mean, states.mean(axis=1), rtol=0, atol=1e-5 * scale.max())
