@@ -15,6 +15,7 @@ import numpy as np
 from cutp.errors import DeviceError
 
 FIRST_CAPABILITY = (9, 0)
+_ALIGNMENT = 16  # of every argument: the strictest that a kernel's parameter can have
 
 
 def is_supported(capability: tuple[int, int]) -> bool:
@@ -38,15 +39,16 @@ def launch(
     """Launch the CUfunction on the CUstream. args: CuPy arrays, NumPy scalars, size-one NumPy arrays."""
     driver = _driver()
     # The driver copies the arguments before it returns, so they need to live only until then.
-    values, addresses = pack_arguments(args)
+    buffer, addresses = pack_arguments(args)
     status, *_ = driver.cuLaunchKernelEx(
         launch_config(driver, grid, block, shared_bytes, stream), function, addresses.ctypes.data, 0
     )
-    del values
+    del buffer
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"cuLaunchKernelEx failed: {status.name}")
 
 
+@lru_cache(maxsize=4096)
 def launch_config(
     driver: Any, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, stream: int
 ) -> Any:
@@ -63,19 +65,20 @@ def launch_config(
     return config
 
 
-def pack_arguments(args: Sequence[Any]) -> tuple[list[np.ndarray], np.ndarray]:
-    """(values, addresses): one array per argument with its bytes, and where each of them lies (uint64).
+def pack_arguments(args: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(buffer, addresses): all arguments' bytes, and where each of them lies (uint64).
 
-    `addresses` is what cuLaunchKernel calls kernelParams; it is valid as long as `values` is.
+    `addresses` is what cuLaunchKernel calls kernelParams; it is valid as long as `buffer` is. One buffer, because a
+    pass over a short prompt takes as long as the host needs to start its kernels.
     """
-    values = [_value(a) for a in args]
-    addresses = np.array([v.ctypes.data for v in values] or [0], dtype=np.uint64)
-    return values, addresses
-
-
-def _value(arg: Any) -> np.ndarray:
-    if isinstance(arg, np.ndarray):
-        return arg
-    if isinstance(arg, np.generic):
-        return np.array([arg])
-    return np.array([arg.data.ptr], dtype=np.uint64)
+    pieces, starts, size = [], [], 0
+    for arg in args:
+        data = arg.tobytes() if isinstance(arg, (np.generic, np.ndarray)) else arg.data.ptr.to_bytes(8, "little")
+        starts.append(size)
+        gap = -len(data) % _ALIGNMENT
+        pieces.append(data + bytes(gap) if gap else data)
+        size += len(data) + gap
+    # NumPy's memory is aligned like malloc's, to 16 bytes.
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    buffer[:size] = np.frombuffer(b"".join(pieces), np.uint8)
+    return buffer, np.array(starts or [0], np.uint64) + np.uint64(buffer.ctypes.data)

@@ -17,8 +17,12 @@ def on_gpu(pointer):
 
 
 def bytes_of(args):
-    values, addresses = programmatic_launch.pack_arguments([_argument(a) for a in args])
-    return [ctypes.string_at(int(a), v.nbytes) for a, v in zip(addresses, values, strict=True)]
+    given = [_argument(a) for a in args]
+    buffer, addresses = programmatic_launch.pack_arguments(given)
+    assert all(int(a) % 16 == 0 for a in addresses)
+    sizes = [a.nbytes if isinstance(a, (np.generic, np.ndarray)) else 8 for a in given]
+    assert int(addresses[-1]) + sizes[-1] <= buffer.ctypes.data + buffer.nbytes
+    return [ctypes.string_at(int(a), size) for a, size in zip(addresses, sizes, strict=True)]
 
 
 def test_arguments_are_passed_by_value():

@@ -1,12 +1,14 @@
 """A GPU for `LLM(device="cuda")`: an emulated one, and with `-m gpu` a real one."""
 
 import shutil
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from tests.device_arrays import emulated_device
+from tests.wide_heads import write_checkpoint
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -34,3 +36,18 @@ def cuda(request, monkeypatch):
         # The kernel for few rows takes most of the time here; it has tests of its own.
         monkeypatch.setattr(dispatch, "_SKINNY_ROWS", 0)
         yield "emulated"
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """wide(**fields): the directory of a tiny Llama with heads of 64 (tests/wide_heads.py), written once."""
+    root, lock, found = tmp_path_factory.mktemp("wide"), threading.Lock(), {}
+
+    def directory(**fields):
+        with lock:
+            key = repr(sorted(fields.items()))
+            if key not in found:
+                found[key] = write_checkpoint(root / str(len(found)), **fields)
+            return found[key]
+
+    return directory

@@ -224,12 +224,12 @@ def test_names_in_errors(llm):
 
 
 def test_a_continuation_may_reach_one_token_beyond_the_context():
-    ids = list(range(4, 22))
-    with LLM(max_len=16, kv_tokens=16) as small, LLM() as whole:
-        [score] = small.score([(ids[:2], ids[2:17])])
-        [expected] = whole.score([(ids[:2], ids[2:17])])
+    ids = list(range(4, 70))
+    with LLM(max_len=64, kv_tokens=64) as small, LLM() as whole:
+        [score] = small.score([(ids[:2], ids[2:65])])
+        [expected] = whole.score([(ids[:2], ids[2:65])])
         np.testing.assert_allclose(score.logprobs, expected.logprobs, atol=1e-5)
-        with pytest.raises(RequestError, match="18 tokens, more than the 17"):
+        with pytest.raises(RequestError, match="66 tokens, more than the 65"):
             small.score([(ids[:2], ids[2:])])
-        with pytest.raises(RequestError, match="17 tokens, more than the 16"):
-            small.score([ids[:17]])
+        with pytest.raises(RequestError, match="65 tokens, more than the 64"):
+            small.score([ids[:65]])

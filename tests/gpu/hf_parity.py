@@ -13,7 +13,7 @@ Exits with 1 unless, over the log-probabilities of all tokens of random texts,
     mean |cutp - eager|    <=  1.6 of the larger mean (1.41 is what independent errors have)
 
 and the greedy tokens of `tales` are Hugging Face's: in float32 all, in bfloat16 up to the first place where its own two
-best tokens lie within 0.1.
+best tokens lie within 0.25.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cutp import LLM, SamplingParams  # noqa: E402
 from cutp.checkpoint.files import resolve_model  # noqa: E402
 
-MEAN_FACTOR, MAX_FACTOR, PAIR_FACTOR, NEAR_TIE = 1.15, 1.5, 1.6, 0.1
+MEAN_FACTOR, MAX_FACTOR, PAIR_FACTOR = 1.15, 1.5, 1.6
+NEAR_TIE = 0.25  # two steps of a bfloat16 number near 16, as large as logits are
 NEW_TOKENS = 60
 TEXTS = ["Once upon a time", "The little dog", "Tom and his sister went to the park because", "It was raining, so"]
 
@@ -53,6 +55,9 @@ TINY = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 512, "num_a
 
 # Standard deviation of a product's result for an input of unit size.
 GAINS = {"q_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 2.0, "lm_head": 2.5}
+
+
+transformers.logging.disable_progress_bar()
 
 
 def write_checkpoint(directory: Path, config: dict, device: str) -> None:
