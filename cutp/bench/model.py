@@ -36,7 +36,7 @@ class Work:
     itemsize: int
     kv_bytes: int
     heads: int
-    head_dim: int
+    head_dim: float
     layers: int
 
     @classmethod
@@ -54,7 +54,10 @@ class Work:
             expert_share=mixtures[0].gate.top_k / mixtures[0].routed.num_experts if mixtures else 0.0,
             itemsize=table.dtype.itemsize,
             kv_bytes=model.kv_params.bytes_per_token(llm.tp, llm.comm.rank % llm.tp),
-            heads=attention.n_heads, head_dim=attention.head_dim, layers=len(model.layers))
+            heads=attention.n_heads, layers=len(model.layers),
+            # Of latent attention in its expanded form: scores over one width, values of another.
+            head_dim=(attention.qk_head_dim + attention.v_head_dim) / 2 if hasattr(attention, "v_head_dim")
+            else attention.head_dim)
 
     def prefill_flop(self, prompts: int, length: int) -> float:
         """FLOP of `prompts` prompts of `length` tokens: matrices, causal attention, one row of logits each."""

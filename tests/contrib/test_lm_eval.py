@@ -272,3 +272,9 @@ def test_text_is_decoded_without_its_prompt(tales_copy):
     with CutpLM(tales_copy) as lm:
         [text] = lm.generate_until(instances("generate_until", GENERATION[:1]))
     assert text == GOLDEN["requests"]["null"]["generation"][0].removeprefix(" ")
+
+
+def test_small_chunks(monkeypatch):
+    monkeypatch.setattr("cutp.contrib.lm_eval._CHUNK_TOKENS", 40)
+    with CutpLM(max_length=9) as lm:
+        assert_requests(lm, GOLDEN["requests"]["9"])

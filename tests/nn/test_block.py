@@ -72,9 +72,9 @@ class Counting(DeviceGroup):
         self.sums.append((xs[0].shape, xs[0].dtype.name))
         return super().all_reduce(xs)
 
-    def all_reduce_async(self, xs):
+    def all_reduce_async(self, xs, **options):
         self.started.append(len(xs[0]))
-        return super().all_reduce_async(xs)
+        return super().all_reduce_async(xs, **options)
 
 
 def run_block(group, rows, **options):
