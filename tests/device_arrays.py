@@ -19,7 +19,7 @@ class DeviceArray(np.ndarray):
     """What `cutp.array.scratch.on_device` takes for a device array: no arithmetic, no NumPy function."""
 
     def __setitem__(self, key, value):
-        assert type(value) is DeviceArray or np.isscalar(value), f"a {type(value).__name__} is assigned to device memory"
+        assert type(value) is DeviceArray or np.isscalar(value), f"{type(value).__name__} assigned to device memory"
         _do(lambda: np.ndarray.__setitem__(self.view(np.ndarray), key,
                                            value.view(np.ndarray) if type(value) is DeviceArray else value))
 

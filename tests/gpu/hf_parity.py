@@ -1,4 +1,4 @@
-"""Holds cutp against Hugging Face transformers in bfloat16: log-probabilities of a wide model, greedy tokens of `tales`.
+"""Holds cutp against Hugging Face transformers: log-probabilities of a wide model, greedy tokens of `tales`.
 
     pip install torch transformers safetensors          # beside cutp[cuda13]
     python tests/gpu/hf_parity.py                       # on a GPU: the shape of Llama-3.1-8B cut to 4 layers
@@ -179,7 +179,8 @@ def compare_greedy(device: str, dtype: str) -> list[str]:
             equal += 1
             continue
         at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
-        print(f"  tales {dtype}: {text!r} differs from token {at} on, where Hugging Face's best leads by {gaps[at]:.4f}")
+        print(f"  tales {dtype}: {text!r} differs from token {at} on, where Hugging Face's best leads by "
+              f"{gaps[at]:.4f}")
         if dtype == "float32" or gaps[at] > NEAR_TIE:
             wrong.append(f"tales {dtype}: the greedy tokens of {text!r} differ from token {at} on")
     print(f"tales {dtype}: {equal} of {len(TEXTS)} greedy continuations of {NEW_TOKENS} tokens are equal")
