@@ -49,9 +49,8 @@ def test_measured_runs_leave_nothing_behind():
 
 def test_shapes_are_models():
     for name in SHAPES:
-        with shape_directory(name, 1) as directory:
-            with open(f"{directory}/config.json") as file:
-                assert json.load(file)["num_hidden_layers"] == 1
+        with shape_directory(name, 1) as directory, open(f"{directory}/config.json") as file:
+            assert json.load(file)["num_hidden_layers"] == 1
     for name, layers in (("nonsense", None), ("llama-3.1-8b", 33)):
         with pytest.raises(ConfigError):
             shape_config(name, layers)
