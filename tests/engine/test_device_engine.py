@@ -69,6 +69,11 @@ def assert_close(got, expected, atol):
                 assert near or i + 1 == len(values)
 
 
+def expected_of(path, prompts, params):
+    with opened(path, "cpu") as llm:
+        return llm.generate(prompts, params)
+
+
 def arrays(scores):
     return np.concatenate([score.logprobs[1:] for score in scores if len(score.logprobs) > 1]).astype(np.float64)
 
@@ -128,14 +133,16 @@ def test_scores_and_hidden_states_equal_the_cpus(cuda, wide):
 # -- requests that come and go -------------------------------------------------------------------------
 
 
-def random_requests(count, seed=0, long_share=0.2):
-    """(prompt, params, step of arrival, step of cancellation or None); some prompts share long beginnings."""
+def random_requests(count, seed=0, long_share=0.1):
+    """(prompt, params, step of arrival, step of cancellation or None); some prompts share long beginnings, and
+    `long_share` of the outputs grow over several pages."""
     rng = np.random.default_rng(seed)
     requests = []
     for index in range(count):
         own = rng.integers(0, VOCAB, int(rng.integers(1, 45))).tolist()
         prompt = STEM[: int(rng.integers(30, len(STEM)))] + own if rng.random() < 0.3 else own
-        params = {"max_tokens": int(rng.integers(1, 140 if rng.random() < long_share else 14)),
+        longest = 310 - len(prompt) if rng.random() < long_share else 14
+        params = {"max_tokens": int(rng.integers(1, longest)),
                   "seed": int(rng.integers(2**63)),
                   "temperature": float(rng.choice([0.0, 0.0, 0.7, 1.5])), "ignore_eos": bool(rng.random() < 0.5)}
         if rng.random() < 0.3:
@@ -212,7 +219,7 @@ def is_near_tie(llm, output, expected, params):
     return abs(scores[0] - scores[1]) <= NEAR
 
 
-def check_random_requests(path, count, seed=0, long_share=0.2, **options):
+def check_random_requests(path, count, seed=0, long_share=0.1, **options):
     requests = random_requests(count, seed, long_share)
     options = {"max_running": 16, "max_batch_tokens": 96, "kv_tokens": 6 * PAGE_SIZE} | options
     with opened(path, "cpu", prefix_cache=False) as llm:
@@ -228,7 +235,7 @@ def check_random_requests(path, count, seed=0, long_share=0.2, **options):
 
 
 def test_random_requests_equal_themselves_alone(cuda, wide):
-    check_random_requests(wide(), 40, max_running=11, long_share=0.1)
+    check_random_requests(wide(), 40, max_running=11)
 
 
 def test_a_request_that_was_preempted_goes_on(cuda, wide):
@@ -296,6 +303,16 @@ def test_batches_of_every_size(cuda, wide):
         for count in (1, 3, 5, 9, 16, 17, 18):
             assert [o.token_ids for o in llm.generate(prompts[:count], params)] == expected[:count]
         assert {size for size, _ in graphs_of(llm)} == {1, 4, 8, 16, 32}
+
+
+def test_a_vocabulary_of_many_blocks(cuda, wide):
+    """Rows whose logits several blocks of threads share, which leave their counters as they were."""
+    path, params = wide(vocab_size=9001), [GREEDY, KINDS["temperature"], SAMPLED, KINDS["logprobs"]]
+    expected = expected_of(path, PROMPTS[:4], params)
+    with opened(path, "cuda", max_running=4) as llm:
+        for _ in range(2):
+            assert_equal(llm.generate(PROMPTS[:4], params), expected)
+        assert_equal(llm.generate(PROMPTS[:2], params[1:3]), expected_of(path, PROMPTS[:2], params[1:3]))
 
 
 def test_batch_size():
