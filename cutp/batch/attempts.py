@@ -101,7 +101,7 @@ class OwnAttempt:
         while not self._stopped.wait(seconds):
             try:
                 os.utime(self._fd)
-            except OSError:  # the file system is away for now; a later beat may reach it
+            except OSError:  # the file system is away at the moment; a later beat may reach it
                 continue
 
 
