@@ -41,7 +41,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("getter", GETTERS)
-@pytest.mark.parametrize(("value", "accepted"), VALUES, ids=lambda v: repr(v)[:20])
+@pytest.mark.parametrize(("value", "accepted"), VALUES, ids=lambda v: repr(sorted(v) if isinstance(v, set) else v)[:20])
 def test_value_table(getter, value, accepted):
     config = ModelConfig({"key": value}, "/m/config.json")
     if getter in accepted:
