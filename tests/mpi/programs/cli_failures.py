@@ -7,7 +7,7 @@ import time
 
 from cutp.cli.main import main
 from cutp.comm import launcher_rank
-from cutp.engine import llm
+from cutp.engine import loading
 from cutp.engine.runner import ModelRunner
 from cutp.errors import CapacityError, CheckpointError
 
@@ -19,25 +19,25 @@ def raise_(error):
 
 
 def at_load(action):
-    load = llm.load_weights
+    load = loading.load_weights
 
     def load_weights(*args):
         action()
         return load(*args)
 
-    llm.load_weights = load_weights
+    loading.load_weights = load_weights
 
 
 def at_pass(number, action):
     """Runs `action` in the given forward pass; the first reads the prompt."""
     run, count = ModelRunner.run, 0
 
-    def counted(self, chunks):
+    def counted(self, *args):
         nonlocal count
         count += 1
         if count == number:
             action()
-        return run(self, chunks)
+        return run(self, *args)
 
     ModelRunner.run = counted
 
