@@ -195,7 +195,7 @@ def test_no_model(cli, tmp_path, monkeypatch):
     (["--kv-memory", "20 apples"], ["kv_memory", "'20 apples'", "20GB"]),
     (["--dtype", "int4"], ["'int4'", "bfloat16"]),
     (["--tp", "2"], ["tp=2", "1 ranks"]),
-    (["--tp", "99"], ["99", "sizes 1 to 4 work"]),
+    (["--tp", "99"], ["tp=99", "choose a tp of 1"]),
     (["--tp", "x"], ["--tp", "'x'"]),
     (["--max-len", "0"], ["--max-len", "0"]),
     (["--temperature", "-1"], ["temperature", "-1"]),

@@ -145,7 +145,8 @@ def test_a_given_size_on_the_host(monkeypatch):
         plan_cache_pages(params, 10**6, None, replicas, PAGE - 1)
 
 
-def test_kv_memory_of_an_llm(tiny, caplog):
+def test_kv_memory_of_an_llm(tiny, caplog, monkeypatch):
+    monkeypatch.setattr("cutp.engine.loading._WORTH_TELLING", 0)
     caplog.set_level(logging.INFO, "cutp")
     with LLM(tiny("gqa"), kv_memory="1 MB", progress=None) as llm:
         memory = llm.memory()
