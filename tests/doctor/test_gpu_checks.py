@@ -87,7 +87,7 @@ def test_mapping():
     assert_finding(gpu.judge_mapping(job("x", "x"), two), "OK",
                    "rank 0 of x: GPU 0 H200 GPU-a (CUDA_VISIBLE_DEVICES=0,1); rank 1 of x: GPU 1 H200 GPU-b")
     same = [card(0, "GPU-a"), card(0, "GPU-b"), card(0, "GPU-a")]
-    assert_finding(gpu.judge_mapping(job(*"xxx"), same), "FAIL", "ranks 0 and 2 would both use GPU 0", "GPU-b",
+    assert_finding(gpu.judge_mapping(job("x", "x", "x"), same), "FAIL", "ranks 0 and 2 would both use GPU 0", "GPU-b",
                    "CUTP_SHARE_GPU", ranks=[0, 2])
     assert_finding(gpu.judge_mapping(job(*"xyz"), same), "OK")
     shared = [card(share=True), card(share=True)]

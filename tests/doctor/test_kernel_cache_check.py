@@ -73,8 +73,8 @@ def test_no_permission(probe, tmp_path, monkeypatch):
 
 
 MOUNTS = """/dev/sda / ext4 rw 0 0
-server:/home /home nfs4 rw 0 0
-tmpfs /home/me/scratch tmpfs rw 0 0
+server:/users /users nfs4 rw 0 0
+tmpfs /users/a/scratch tmpfs rw 0 0
 lustre /mnt/a\\040b lustre rw 0 0
 /dev/sdb /mnt/twice ext4 rw 0 0
 server:/x /mnt/twice cifs rw 0 0
@@ -83,8 +83,8 @@ torn
 
 
 @pytest.mark.parametrize(("path", "kind"), [
-    ("/opt/x", "ext4"), ("/home", "nfs4"), ("/home/me/k", "nfs4"), ("/homes/x", "ext4"), ("/", "ext4"),
-    ("/home/me/scratch/k", "tmpfs"), ("/mnt/a b/k", "lustre"), ("/mnt/twice/k", "cifs")])
+    ("/opt/x", "ext4"), ("/users", "nfs4"), ("/users/a/k", "nfs4"), ("/usersb/x", "ext4"), ("/", "ext4"),
+    ("/users/a/scratch/k", "tmpfs"), ("/mnt/a b/k", "lustre"), ("/mnt/twice/k", "cifs")])
 def test_file_systems(path, kind, monkeypatch):
     monkeypatch.setattr(kernel_cache.os.path, "realpath", str)
     assert kernel_cache.filesystem_of(Path(path), MOUNTS) == kind

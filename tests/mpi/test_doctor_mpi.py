@@ -82,7 +82,7 @@ def test_a_hang_in_a_collective_check():
 
 
 def test_a_rank_that_holds_pythons_lock():
-    code, report, checks, seconds = failure("stubborn", "--timeout", "1")
+    code, report, checks, seconds = failure("unstoppable", "--timeout", "1")
     assert code != 0 and report["exit_code"] == 7 and seconds < 20
     assert "the ranks cannot talk to each other" in checks["software"]["message"]
     assert "for rank 1 (host " in checks["software"]["message"]
@@ -90,7 +90,7 @@ def test_a_rank_that_holds_pythons_lock():
 
 def test_rank_0_that_holds_pythons_lock():
     """Nobody can print the report; the other ranks say why the job ends."""
-    code, out, err, seconds = doctor(3, "--timeout", "1", what="stubborn", FAILING_RANK="0")
+    code, out, err, seconds = doctor(3, "--timeout", "1", what="unstoppable", FAILING_RANK="0")
     assert code != 0 and seconds < 25 and "Traceback" not in out + err
     assert "FAIL software: the ranks cannot talk to each other" in err and "for rank 0 (host " in err
 

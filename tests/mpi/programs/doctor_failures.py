@@ -31,7 +31,7 @@ def wrong_sum():
     all_reduce.expected_sum = lambda size: right(size) + 1
 
 
-def stubborn():
+def unstoppable():
     """A hang that holds Python's lock, as one in C may."""
     software.platform.python_version = lambda: ctypes.PyDLL(None).sleep(40)
 
