@@ -30,7 +30,7 @@ from cutp.nn.return_logits import ReturnLogits, logit_rows
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import Shardable, ShardingStrategy
 from cutp.nn.subgraphs import plan_layer_runs
-from cutp.ops.dispatch import copied, finish_logits, residual_add, scale, take_rows
+from cutp.ops.dispatch import copied, finish_logits, outside_frames, residual_add, scale, take_rows
 
 T = TypeVar("T")
 
@@ -112,22 +112,35 @@ class DistributedTransformerBlock(Module):
     def __call__(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
                  batch: RaggedBatch) -> list[np.ndarray]:
         """One residual stream [T, dim] a local device -> the same, after this block; fills layer `layer_idx`."""
-        normed = _normed(self.input_layernorm, xs)
-        if self.parallel:
-            return self._add(xs, self._both(layer_idx, normed, caches, batch))
-        attended = self.self_attn(layer_idx, normed, caches, batch)
-        hs, normed = self._add_and_norm(xs, _normed(self.post_self_attn_layernorm, attended))
-        return self._add(hs, _normed(self.post_mlp_layernorm, self._feed_forward(normed, batch)))
+        return self.advance(layer_idx, xs, None, caches, batch)[0]
 
-    def _add_and_norm(self, xs: Sequence[np.ndarray],
-                      ys: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """The residual streams with `ys` added, and their norms before the feed-forward layer."""
-        norms = self.post_attention_layernorm
-        if norms is not None and self.residual_multiplier == 1.0 and all(isinstance(norm, RMSNorm) for norm in norms):
-            pairs = [norm.after_add(y, x) for norm, x, y in zip(norms, xs, ys, strict=True)]
-            return [h for h, _ in pairs], [normed for _, normed in pairs]
-        hs = self._add(xs, ys)
-        return hs, _normed(norms, hs)
+    def advance(self, layer_idx: int, xs: Sequence[np.ndarray], normed: Sequence[np.ndarray] | None,
+                caches: Sequence[PagedKVCache], batch: RaggedBatch, following: Shards | None = None,
+                outs: Sequence[np.ndarray | None] | None = None) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """The streams after this block, and what norm `following` makes of them where one pass does both, else None.
+
+        normed: the streams as the block before returned them, under this block's own `input_layernorm`; None to compute
+        it here. outs: where the second result goes, an array of its own for every local device.
+        """
+        if normed is None:
+            normed = _normed(self.input_layernorm, xs)
+        if self.parallel:
+            branch = self._both(layer_idx, normed, caches, batch)
+        else:
+            attended = _normed(self.post_self_attn_layernorm, self.self_attn(layer_idx, normed, caches, batch))
+            if self._adds_in_one_pass(self.post_attention_layernorm):
+                xs, normed = _added_and_normed(self.post_attention_layernorm, xs, attended)
+            else:
+                xs = self._add(xs, attended)
+                normed = _normed(self.post_attention_layernorm, xs)
+            branch = _normed(self.post_mlp_layernorm, self._feed_forward(normed, batch))
+        if self._adds_in_one_pass(following):
+            return _added_and_normed(following, xs, branch, outs)
+        return self._add(xs, branch), None
+
+    def _adds_in_one_pass(self, norms: Shards | None) -> bool:
+        """Whether adding a branch and taking `norms` of the sum is one operation."""
+        return norms is not None and self.residual_multiplier == 1.0 and all(isinstance(n, RMSNorm) for n in norms)
 
     def _both(self, layer_idx: int, xs: Sequence[np.ndarray], caches: Sequence[PagedKVCache],
               batch: RaggedBatch) -> list[np.ndarray]:
@@ -160,6 +173,14 @@ class DistributedTransformerBlock(Module):
 
 def _normed(norm: Shards | None, xs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     return xs if norm is None else forward_sharded_layers(norm, xs)
+
+
+def _added_and_normed(norms: Shards, xs: Sequence[np.ndarray], ys: Sequence[np.ndarray],
+                      outs: Sequence[np.ndarray | None] | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The sums x + y and their norms, these in `outs` if given."""
+    outs = [None] * len(norms) if outs is None else outs
+    pairs = [norm.after_add(y, x, out) for norm, x, y, out in zip(norms, xs, ys, outs, strict=True)]
+    return [h for h, _ in pairs], [normed for _, normed in pairs]
 
 
 def _sums(xs: Sequence[np.ndarray], ys: Sequence[np.ndarray], multiplier: float = 1.0) -> list[np.ndarray]:
@@ -269,11 +290,14 @@ class DistributedTransformer(Module):
         hs = [scale(h, self.embedding_multiplier) for h in self.embed_tokens(batch.tokens)]
         if streams is not None and 0 in streams:
             streams[0] = copied(hs[0])
+        # On a device a block leaves its result where it found the residual stream; what the next block's norm makes of
+        # it must outlive the block's own memory.
+        normed, outs = None, [outside_frames(h) for h in hs]
         for run in self.layer_runs:
             for layer_idx in range(run.start, run.stop):
-                # On a device a block leaves its result where it found the residual stream.
+                following = self.layers[layer_idx + 1].input_layernorm if layer_idx + 1 < len(self.layers) else None
                 with frame():
-                    hs = self.layers[layer_idx](layer_idx, hs, caches, batch)
+                    hs, normed = self.layers[layer_idx].advance(layer_idx, hs, normed, caches, batch, following, outs)
                 if streams is not None and layer_idx + 1 in streams:
                     streams[layer_idx + 1] = copied(hs[0])
         return hs

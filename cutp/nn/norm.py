@@ -52,11 +52,15 @@ class RMSNorm(_Norm):
         return rms_norm(x, self.weight.value, self.eps, weight_offset=self.weight_offset,
                         multiply_before_cast=self.multiply_before_cast, out=out)
 
-    def after_add(self, x: np.ndarray, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(residual + x, its norm) in one pass; on a device the sum takes the place of `residual`."""
+    def after_add(self, x: np.ndarray, residual: np.ndarray,
+                  out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(residual + x, its norm) in one pass; on a device the sum takes the place of `residual`.
+
+        out: for the norm; it may be neither `x` nor `residual`.
+        """
         self._check(x)
         return add_rms_norm(x, residual, self.weight.value, self.eps, weight_offset=self.weight_offset,
-                            multiply_before_cast=self.multiply_before_cast)
+                            multiply_before_cast=self.multiply_before_cast, out=out)
 
 
 class ShardedRMSNorm(RMSNorm):

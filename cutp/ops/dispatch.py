@@ -120,13 +120,14 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
 
 
 def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float, *, weight_offset: float = 0.0,
-                 multiply_before_cast: bool = False) -> tuple[Any, Any]:
+                 multiply_before_cast: bool = False, out: Any = None) -> tuple[Any, Any]:
     """(residual + x, its norm). On a device the sum takes the place of `residual`."""
     if not on_device(x):
         total = host_residual.residual_add(residual, x)
         return total, host_norm.rms_norm(total, weight, eps, weight_offset=weight_offset,
-                                         multiply_before_cast=multiply_before_cast)
-    out = scratch().empty(x.shape, x.dtype)
+                                         multiply_before_cast=multiply_before_cast, out=out)
+    if out is None:
+        out = scratch().empty(x.shape, x.dtype)
     rms_norm_cuda.add_rms_norm(x, residual, weight, eps, weight_offset=weight_offset,
                                multiply_before_cast=multiply_before_cast, residual_out=residual, out=out, pdl=True)
     return residual, out
@@ -147,6 +148,11 @@ def copied(x: Any) -> Any:
     out = scratch().empty(x.shape, x.dtype)
     out[...] = x
     return out
+
+
+def outside_frames(x: Any) -> Any:
+    """On a device, memory like `x` from the frame that is open now, for results of frames inside it; else None."""
+    return scratch().empty(x.shape, x.dtype) if on_device(x) else None
 
 
 def scale(x: Any, factor: float) -> Any:
