@@ -7,8 +7,8 @@ computed as out^T = w x^T: the first factor is w (K x N, transposed), the second
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ _OP_N, _OP_T = 0, 1
 CUDA_TYPES = {float32: 0, float16: 2, bfloat16: 14}
 
 
-@dataclass(frozen=True)
-class LinearShape:
+class LinearShape(NamedTuple):
     """All that the choice of an algorithm depends on.
 
     `ldx`, `ldw`, `ldo`: elements from one row to the next. `alignments`: the largest powers of two, up to 256, that
@@ -67,17 +66,19 @@ class LinearPlan:
         if shape.bias:
             self._set("EPILOGUE", int(lt.Epilogue.BIAS))
             self._set("BIAS_DATA_TYPE", out_type)
-        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-        self._algorithm = self._choose(shape)
+            self._bias = self._setter("BIAS_POINTER")
+        # What the library reads at every start. NumPy needs longer to say where an array lies than to look it up.
+        self._read = np.ones(1, np.float32), np.zeros(1, np.float32), self._choose(shape)
+        self._one, self._zero, self._algorithm = (array.ctypes.data for array in self._read)
 
     def run(self, w: int, x: int, out: int, bias: int | None, workspace: int, workspace_bytes: int, stream: int
             ) -> None:
         """Start the product on `stream`; all others are addresses in device memory."""
         if bias is not None:
-            self._set("BIAS_POINTER", bias)
+            self._bias(bias)
         self._lt.matmul(
-            self._handle, self._desc, self._one.ctypes.data, w, self._w, x, self._x, self._zero.ctypes.data,
-            out, self._out, out, self._out, self._algorithm.ctypes.data, workspace, workspace_bytes, stream,
+            self._handle, self._desc, self._one, w, self._w, x, self._x, self._zero, out, self._out, out, self._out,
+            self._algorithm, workspace, workspace_bytes, stream,
         )
 
     def _choose(self, shape: LinearShape) -> np.ndarray:
@@ -112,9 +113,20 @@ class LinearPlan:
         return handle
 
     def _set(self, name: str, value: int) -> None:
-        attribute = self._lt.MatmulDescAttribute[name]
-        held = np.array([value], dtype=self._lt.get_matmul_desc_attribute_dtype(attribute))
-        self._lt.matmul_desc_set_attribute(self._desc, attribute, held.ctypes.data, held.nbytes)
+        self._setter(name)(value)
+
+    def _setter(self, name: str) -> Callable[[int], None]:
+        """A function that sets this attribute of the description."""
+        attribute, set_attribute, description = (
+            self._lt.MatmulDescAttribute[name], self._lt.matmul_desc_set_attribute, self._desc)
+        held = np.zeros(1, dtype=self._lt.get_matmul_desc_attribute_dtype(attribute))
+        where, size = held.ctypes.data, held.nbytes
+
+        def set_to(value: int) -> None:
+            held[0] = value
+            set_attribute(description, attribute, where, size)
+
+        return set_to
 
 
 def _destroy(objects: list[tuple[Any, int]]) -> None:

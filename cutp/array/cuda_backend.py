@@ -6,9 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from cutp.array import cuda, graph, programmatic_launch
+from cutp.array.kernel_arguments import plain_argument
 from cutp.array.kernel_cache import KernelCache
 from cutp.array.kernel_source import read_source
 from cutp.array.precompile import KernelSpec, build
@@ -41,19 +40,23 @@ class CudaBackend:
         function = self._functions.get((source, defines, name, device)) or self._load(source, defines, name, device)
         if shared_bytes > PLAIN_SHARED_BYTES:
             function.allow_shared(shared_bytes)
-        passed = [_argument(a) for a in args]
         graph.keep_for_capture(args)
         try:
             if pdl and function.pdl:
                 stream = self._cupy.cuda.get_current_stream().ptr
-                programmatic_launch.launch(function.pointer, grid, block, passed, shared_bytes, stream)
+                programmatic_launch.launch(function.pointer, grid, block, args, shared_bytes, stream)
             else:
-                function.cupy_function(grid, block, passed, shared_bytes)
+                function.cupy_function(grid, block, [plain_argument(a) for a in args], shared_bytes)
         except (RuntimeError, TypeError, DeviceError) as error:  # CuPy's CUDADriverError is a RuntimeError
             raise DeviceError(
                 f"kernel {name} of {source} ({' '.join(defines)}) cannot be launched with grid {grid}, block {block} "
                 f"and {shared_bytes} bytes of dynamic shared memory: {error}"
             ) from error
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the current GPU, by which launchers choose kernels that not every GPU runs."""
+        return cuda.device_info(self._cupy.cuda.runtime.getDevice()).capability
 
     def _load(self, source: str, defines: tuple[str, ...], name: str, device: int) -> _Function:
         with self._lock:
@@ -111,16 +114,3 @@ class _Function:
             raise DeviceError(f"kernel {self.name} cannot use {size} bytes of dynamic shared memory beside its "
                               f"static shared memory (the GPU has {limit} in all): {error}") from error
         self._allowed_shared = size
-
-
-def _argument(arg: Any) -> Any:
-    """`arg` in a form that both ways of launching understand: a CuPy array, a NumPy scalar, a size-one array."""
-    if arg is None:
-        return np.uint64(0)
-    if isinstance(arg, np.ndarray):
-        if arg.size != 1:
-            raise ConfigError(f"a NumPy array of shape {arg.shape} cannot be passed to a GPU kernel, only a CuPy array")
-        return arg
-    if isinstance(arg, np.generic) and arg.dtype.isbuiltin != 1:
-        return np.array([arg], dtype=arg.dtype)  # a struct, or a scalar of a type of ml_dtypes
-    return arg

@@ -12,6 +12,7 @@ from cutp.array import cuda, graph
 from cutp.array.arena import ALIGNMENT, address
 from cutp.array.cublaslt import CUDA_TYPES, LinearPlan, LinearShape
 from cutp.array.dtypes import float32
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError, DeviceError
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -74,6 +75,15 @@ class LinearEngine:
 
 def linear_shape(x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32: bool = False) -> LinearShape:
     """Check the arguments of `linear` (ConfigError) and describe them."""
+    return _described(layout(x), layout(w), layout(out), optional_layout(bias), layout(workspace), allow_tf32,
+                      address(w) % ALIGNMENT, address(x) % ALIGNMENT, address(out) % ALIGNMENT,
+                      address(workspace) % ALIGNMENT)
+
+
+@remembered
+def _described(x: Layout, w: Layout, out: Layout, bias: Layout | None, workspace: Layout, allow_tf32: bool,
+               w_place: int, x_place: int, out_place: int, workspace_place: int) -> LinearShape:
+    """For arrays at these distances from a multiple of ALIGNMENT."""
     for name, array in (("x", x), ("w", w), ("out", out)):
         if array.ndim != 2:
             raise ConfigError(f"linear: {name} has shape {array.shape}, it must be a matrix")
@@ -89,16 +99,16 @@ def linear_shape(x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32
         )
     if bias is not None and (bias.shape != (n,) or bias.dtype != out.dtype or bias.strides != (bias.itemsize,)):
         raise ConfigError(f"linear: bias {bias.dtype} {bias.shape} must be contiguous, {out.dtype} ({n},)")
-    if workspace.dtype != np.uint8 or address(workspace) % ALIGNMENT:
+    if workspace.dtype != np.uint8 or workspace_place:
         raise ConfigError(f"linear: workspace must be uint8 and start at a multiple of {ALIGNMENT} bytes")
     return LinearShape(
         m, n, k, np.dtype(x.dtype), np.dtype(out.dtype), _row_step(x, "x"), _row_step(w, "w"), _row_step(out, "out"),
-        (_alignment(w), _alignment(x), _alignment(out)), bias is not None,
+        (_alignment(w_place), _alignment(x_place), _alignment(out_place)), bias is not None,
         bool(allow_tf32 and x.dtype == float32), workspace.size,
     )
 
 
-def _row_step(array: Any, name: str) -> int:
+def _row_step(array: Layout, name: str) -> int:
     """Elements from one row to the next, for an array of contiguous rows that do not overlap."""
     rows, columns = array.shape
     if array.size == 0:
@@ -111,9 +121,9 @@ def _row_step(array: Any, name: str) -> int:
     return max(1, down // array.itemsize)
 
 
-def _alignment(array: Any) -> int:
-    where = address(array)
-    return min(ALIGNMENT, where & -where) if where else ALIGNMENT
+def _alignment(place: int) -> int:
+    """The largest power of two, up to ALIGNMENT, that divides the address."""
+    return (place | ALIGNMENT) & -(place | ALIGNMENT)
 
 
 def _bindings() -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 from cutp.array.compile import canonical_defines
 from cutp.errors import ConfigError
 
-_BARE_NUMBERS = (bool, int, float, complex)
+_BARE_NUMBERS = frozenset((bool, int, float, complex))
 
 
 class KernelBackend(Protocol):
@@ -60,30 +61,38 @@ def launch(
 
     grid, block: blocks and threads per block, up to three numbers. args: in the kernel's order, arrays (passed as
     pointers), NumPy scalars (np.int32(n), np.float32(x)), structs as size-one NumPy arrays or scalars of a
-    structured or V dtype (by value), None (a null pointer). shared_bytes: dynamic shared memory, above 48 KB too.
-    defines: the variant, "NAME=VALUE" or "NAME", as declared in the file. pdl: programmatic dependent launch: the
-    kernel may start before its predecessor in the stream has ended and must execute griddepcontrol.wait; without
-    effect where the hardware has no such thing. stream: the current one if None.
+    structured or V dtype (by value), None (a null pointer), a TensorMap (for `const __grid_constant__ TensorMap`).
+    shared_bytes: dynamic shared memory, above 48 KB too. defines: the variant, "NAME=VALUE" or "NAME", as declared in
+    the file. pdl: programmatic dependent launch: the kernel may start before its predecessor in the stream has ended
+    and must execute griddepcontrol.wait; without effect where the hardware has no such thing. stream: the current one
+    if None.
 
     Returns at once; errors inside the kernel show up at the next synchronisation. An empty grid does nothing.
     Raises ConfigError for arguments that cannot work, KernelCompileError, DeviceError.
     """
-    grid3, block3 = _three(grid, "grid", name), _three(block, "block", name)
-    for i, arg in enumerate(args):
-        # The width of a bare number is anybody's guess, and a wrong one shifts all arguments after it.
-        if type(arg) in _BARE_NUMBERS:
-            kind = type(arg).__name__
-            raise ConfigError(f"kernel {name}: argument {i} is a bare {kind}: use np.int32, np.float32, ...")
-    if shared_bytes < 0:
-        raise ConfigError(f"kernel {name}: shared_bytes is {shared_bytes}")
-    if 0 in grid3:
+    # The width of a bare number is anybody's guess, and a wrong one shifts all arguments after it.
+    if not _BARE_NUMBERS.isdisjoint(map(type, args)):
+        i, kind = next((i, type(arg)) for i, arg in enumerate(args) if type(arg) in _BARE_NUMBERS)
+        raise ConfigError(f"kernel {name}: argument {i} is a bare {kind.__name__}: use np.int32, np.float32, ...")
+    settled = _settled(name, grid, block, shared_bytes, tuple(defines))
+    if settled is None:
         return
-    settled = canonical_defines(tuple(defines))
+    grid3, block3, defines = settled
     if stream is None:
-        backend().launch(source, name, grid3, block3, args, shared_bytes, settled, pdl)
+        backend().launch(source, name, grid3, block3, args, shared_bytes, defines, pdl)
     else:
         with stream:
-            backend().launch(source, name, grid3, block3, args, shared_bytes, settled, pdl)
+            backend().launch(source, name, grid3, block3, args, shared_bytes, defines, pdl)
+
+
+@lru_cache(maxsize=16384)
+def _settled(name: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], shared_bytes: int,
+             defines: tuple[str, ...]) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[str, ...]] | None:
+    """Grid, block and defines as the backend gets them, checked once; None for an empty grid."""
+    grid3, block3 = _three(grid, "grid", name), _three(block, "block", name)
+    if shared_bytes < 0:
+        raise ConfigError(f"kernel {name}: shared_bytes is {shared_bytes}")
+    return None if 0 in grid3 else (grid3, block3, canonical_defines(defines))
 
 
 def _three(size: int | tuple[int, ...], what: str, name: str) -> tuple[int, int, int]:

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
+from cutp.array.kernel_arguments import pack_arguments
 from cutp.errors import DeviceError
 
 FIRST_CAPABILITY = (9, 0)
-_ALIGNMENT = 16  # of every argument: the strictest that a kernel's parameter can have
 
 
 def is_supported(capability: tuple[int, int]) -> bool:
@@ -36,22 +34,23 @@ def launch(
     function: int, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence[Any], shared_bytes: int,
     stream: int,
 ) -> None:
-    """Launch the CUfunction on the CUstream. args: CuPy arrays, NumPy scalars, size-one NumPy arrays."""
+    """Launch the CUfunction on the CUstream. args: those of `cutp.array.kernel.launch`."""
     driver = _driver()
-    # The driver copies the arguments before it returns, so they need to live only until then.
-    buffer, addresses = pack_arguments(args)
-    status, *_ = driver.cuLaunchKernelEx(
-        launch_config(driver, grid, block, shared_bytes, stream), function, addresses.ctypes.data, 0
-    )
-    del buffer
+    packed = pack_arguments(args)
+    try:
+        (status,) = driver.cuLaunchKernelEx(
+            launch_config(grid, block, shared_bytes, stream), function, packed.addresses, 0
+        )
+    finally:
+        packed.release()  # the driver has copied them
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"cuLaunchKernelEx failed: {status.name}")
 
 
 @lru_cache(maxsize=4096)
-def launch_config(
-    driver: Any, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, stream: int
-) -> Any:
+def launch_config(grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int, stream: int) -> Any:
+    """The driver's description of such a launch."""
+    driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = block
@@ -63,22 +62,3 @@ def launch_config(
     config.attrs = [attribute]
     config.numAttrs = 1
     return config
-
-
-def pack_arguments(args: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(buffer, addresses): all arguments' bytes, and where each of them lies (uint64).
-
-    `addresses` is what cuLaunchKernel calls kernelParams; it is valid as long as `buffer` is. One buffer, because a
-    pass over a short prompt takes as long as the host needs to start its kernels.
-    """
-    pieces, starts, size = [], [], 0
-    for arg in args:
-        data = arg.tobytes() if isinstance(arg, (np.generic, np.ndarray)) else arg.data.ptr.to_bytes(8, "little")
-        starts.append(size)
-        gap = -len(data) % _ALIGNMENT
-        pieces.append(data + bytes(gap) if gap else data)
-        size += len(data) + gap
-    # NumPy's memory is aligned like malloc's, to 16 bytes.
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    buffer[:size] = np.frombuffer(b"".join(pieces), np.uint8)
-    return buffer, np.array(starts or [0], np.uint64) + np.uint64(buffer.ctypes.data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,14 @@ from cutp.errors import ConfigError
 
 ALIGNMENT = 256
 _BLOCK_BYTES = 64 << 20
+_MAX_TAKEN = 16384  # arrays that are remembered
 
-_this_thread = threading.local()
+
+class _ThisThread(threading.local):
+    scratch: Scratch | None = None
+
+
+_this_thread = _ThisThread()
 
 
 class Memory(Protocol):
@@ -86,7 +92,8 @@ def on_device(x: Any) -> bool:
 class Scratch:
     """A stack of device memory: `empty` takes, and a `frame` gives back at its end all that was taken in it.
 
-    It grows by whole blocks that are never freed, so equal sequences of calls give equal addresses.
+    It grows by whole blocks that are never freed, so equal sequences of calls give equal addresses, and the very same
+    arrays mostly: nobody may change an array's shape or dtype in place.
     """
 
     def __init__(self, memory: Memory):
@@ -95,35 +102,41 @@ class Scratch:
         self.workspace = memory.empty(WORKSPACE_BYTES, np.uint8)
         self._blocks: list[Any] = []
         self._block, self._used = 0, 0
+        # By what was in use before, shape and dtype: an array, and what is in use with it.
+        self._taken: dict[tuple[int, int, tuple[int, ...], Any], tuple[Any, int, int]] = {}
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """An array of whatever was there before, C-contiguous, at a multiple of 256 bytes."""
-        dims = (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(int(n) for n in shape)
-        dtype = np.dtype(dtype)
+        # Equal sequences of calls find the arrays of the first one, as making an array costs more than a lookup.
+        key = self._block, self._used, shape if type(shape) is tuple else _dimensions(shape), dtype
+        found = self._taken.get(key)
+        if found is None:
+            found = self._take(*key)
+            if len(self._taken) >= _MAX_TAKEN:
+                self._taken.clear()
+            self._taken[key] = found
+        array, self._block, self._used = found
+        return array
+
+    def _take(self, block: int, used: int, shape: tuple[int, ...], dtype: Any) -> tuple[Any, int, int]:
+        """An array behind the first `used` bytes of block number `block`, or in one after it; what is used then."""
+        dims, dtype = _dimensions(shape), np.dtype(dtype)
         size = math.prod(dims) * dtype.itemsize
         step = -(-size // ALIGNMENT) * ALIGNMENT
-        while self._block < len(self._blocks) and self._used + step > self._blocks[self._block].nbytes:
-            self._block, self._used = self._block + 1, 0
-        if self._block == len(self._blocks):
+        while block < len(self._blocks) and used + step > self._blocks[block].nbytes:
+            block, used = block + 1, 0
+        if block == len(self._blocks):
             self._blocks.append(self.memory.empty(max(step, _BLOCK_BYTES), np.uint8))
-        start = self._used
-        self._used += step
-        return self._blocks[self._block][start : start + size].view(dtype).reshape(dims)
+        return self._blocks[block][used : used + size].view(dtype).reshape(dims), block, used + step
 
-    @contextmanager
-    def frame(self) -> Iterator[None]:
-        """What is taken inside is free again afterwards."""
-        mark = self._block, self._used
-        try:
-            yield
-        finally:
-            self._block, self._used = mark
+    def frame(self) -> AbstractContextManager[None]:
+        """`with scratch.frame():` what is taken inside is free again afterwards."""
+        return _Frame(self)
 
     @contextmanager
     def use(self) -> Iterator[Scratch]:
         """Makes this the scratch that this thread's layers take their results from, in a frame of its own."""
-        before = getattr(_this_thread, "scratch", None)
-        _this_thread.scratch = self
+        before, _this_thread.scratch = _this_thread.scratch, self
         try:
             with self.frame():
                 yield self
@@ -136,25 +149,37 @@ class Scratch:
         return sum(block.nbytes for block in self._blocks)
 
 
+class _Frame:
+    """A frame of a scratch; a layer has two, so it is no generator, which would take several times as long."""
+
+    def __init__(self, scratch: Scratch):
+        self._scratch = scratch
+
+    def __enter__(self) -> None:
+        self._mark = self._scratch._block, self._scratch._used
+
+    def __exit__(self, *error: object) -> None:
+        self._scratch._block, self._scratch._used = self._mark
+
+
+def _dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (int(shape),) if isinstance(shape, (int, np.integer)) else tuple(int(n) for n in shape)
+
+
 def scratch_in_use() -> Scratch | None:
     """The scratch that this thread uses, if any."""
-    return getattr(_this_thread, "scratch", None)
+    return _this_thread.scratch
 
 
 def scratch() -> Scratch:
     """The scratch in use; ConfigError where there is none."""
-    found = scratch_in_use()
+    found = _this_thread.scratch
     if found is None:
         raise ConfigError("layers on a GPU need memory for their results", hint="compute inside `with scratch.use():`")
     return found
 
 
-@contextmanager
-def frame() -> Iterator[None]:
+def frame() -> AbstractContextManager[None]:
     """A frame of the scratch in use; nothing where there is none, as with NumPy arrays."""
-    found = scratch_in_use()
-    if found is None:
-        yield
-    else:
-        with found.frame():
-            yield
+    found = _this_thread.scratch
+    return nullcontext() if found is None else found.frame()

@@ -183,7 +183,8 @@ def prefill_cases() -> Iterator[Case]:
             table = np.random.default_rng(3).permutation(t // PAGE)[None].astype(np.int32)
             pages = normal((t // PAGE, 2, KV_HEADS, PAGE, HEAD_DIM))
             q, out = normal((t, HEADS, HEAD_DIM)), cupy.empty((t, HEADS, HEAD_DIM), bfloat16)
-            work = cupy.asarray(prefill_work_list([t], [0], HEADS // KV_HEADS))
+            work = cupy.asarray(prefill_work_list([t], [0], HEADS // KV_HEADS, head_dim=HEAD_DIM,
+                                                  dtype=bfloat16, row_offsets=[0]))
             offsets, cached = cupy.asarray(np.array([0, t], np.int32)), cupy.zeros(1, np.int32)
             lookup_table = cupy.asarray(table)
             return lambda: prefill_attention(q, pages, lookup_table, offsets, cached, work, HEAD_DIM**-0.5, out=out)

@@ -119,6 +119,7 @@ def _run(core: EngineCore, vocab: int, prompt_len: int, gen_len: int, batch: int
     params = SamplingParams(**{**_GREEDY.to_dict(), "max_tokens": most})
     requests = [Request(index, index, None, rng.integers(0, vocab, prompt_len).tolist(), prompt_len + most, params,
                         share_prefix=False) for index in range(batch)]
+    core.step()  # the step that the run before had started ahead, for requests that are no more
     for request in requests:
         core.add(request)
     begin = time.perf_counter()

@@ -15,7 +15,7 @@ MODEL_HELP = "a model directory, or a repository id in the local Hugging Face ca
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype, --tp, --max-len, --kv-memory and --no-graphs."""
+    """--device, --dtype, --tp, --max-len, --kv-memory, --no-graphs and --batch-invariant."""
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                        help="where to compute (default: auto)")
@@ -30,6 +30,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
                        "weights leave free)")
     group.add_argument("--no-graphs", action="store_true",
                        help="on a GPU, launch kernels one by one instead of by captured graphs; same results, slower")
+    group.add_argument("--batch-invariant", action="store_true",
+                       help="on a GPU, give each request the same bits whatever runs beside it; slower")
 
 
 def positive_int(text: str) -> int:
@@ -56,7 +58,7 @@ def open_llm(args: argparse.Namespace, comm: Communicator, *, quiet: bool = Fals
         logging.getLogger("cutp").setLevel(logging.INFO)  # what a GPU's memory is used for, and how fast weights came
     with _LoadProgress() as progress:
         return LLM(args.model, comm, args.tp, args.device, args.dtype, args.max_len, kv_memory=args.kv_memory,
-                   use_graphs=not args.no_graphs, **options,
+                   use_graphs=not args.no_graphs, batch_invariant=args.batch_invariant, **options,
                    progress=progress.show if sys.stderr.isatty() and not quiet else None)
 
 

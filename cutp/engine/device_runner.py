@@ -20,15 +20,16 @@ from cutp.nn.distributed_transformer import DistributedTransformer
 class DeviceRunner(DevicePass):
     """The model, its cache and its communicator on one GPU, for an engine.
 
-    max_running: requests of one pass at most. max_pages, multiprocessors: see `DevicePass`. use_graphs: whether plain
-    decoding is captured; the results do not depend on it.
+    max_running: requests of one pass at most. max_pages, multiprocessors, batch_invariant: see `DevicePass`.
+    use_graphs: whether plain decoding is captured; the results do not depend on it.
     """
 
     def __init__(self, model: DistributedTransformer, cache: PagedKVCache, comm: Communicator, memory: Memory,
-                 stream: Any, *, max_running: int, max_pages: int, multiprocessors: int, use_graphs: bool = True):
+                 stream: Any, *, max_running: int, max_pages: int, multiprocessors: int, use_graphs: bool = True,
+                 batch_invariant: bool = False):
         # Captured batches are padded to their size.
         super().__init__(model, cache, comm, memory, stream, max_decodes=batch_size(max_running), max_pages=max_pages,
-                         multiprocessors=multiprocessors)
+                         multiprocessors=multiprocessors, batch_invariant=batch_invariant)
         # Tables of such embeddings are made anew for every batch, which a captured graph cannot do.
         self._cannot_replay = any(rope.length_dependent for rope in self.shape.ropes)
         self._decode_limits = max_running, max_pages, use_graphs

@@ -61,7 +61,8 @@ class EngineOptions:
     rank, as a number or a text like "20GB"; without either it takes what is useful and free. prefix_cache: whether
     requests with equal beginnings share their pages. random_weights: made up instead of read, to measure with; the
     directory needs nothing but config.json. use_graphs: whether a GPU decodes by captured graphs; the results do not
-    depend on it.
+    depend on it. batch_invariant: on a GPU, the bits of a request's results do not depend on the requests that run
+    beside it, for some speed; a request that was preempted is computed anew, and may differ.
     """
 
     max_batch_tokens: int | None = None
@@ -71,6 +72,7 @@ class EngineOptions:
     prefix_cache: bool = True
     random_weights: bool = False
     use_graphs: bool = True
+    batch_invariant: bool = False
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> EngineOptions:
@@ -86,7 +88,10 @@ class EngineOptions:
         return replace(options, kv_memory=parse_bytes(options.kv_memory, "kv_memory"))
 
     def completed(self, device: DeviceRef) -> EngineOptions:
-        """The options with what is left open filled in for `device`."""
+        """The options with what is left open filled in for `device`. ConfigError for what it cannot do."""
+        if self.batch_invariant and device.is_cpu():
+            raise ConfigError("batch_invariant is for GPUs; on the CPU, products depend on their number of rows",
+                              hint="leave it out, or set max_running=1 and max_batch_tokens to the longest prompt")
         if self.max_batch_tokens is not None:
             return self
         return replace(self, max_batch_tokens=_CPU_BATCH_TOKENS if device.is_cpu() else _GPU_BATCH_TOKENS)
@@ -101,7 +106,7 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
         if self.kv_tokens is not None and self.kv_memory is not None:
             raise ConfigError("kv_tokens and kv_memory both say how large the cache is; give one of them")
-        for name in ("prefix_cache", "random_weights", "use_graphs"):
+        for name in ("prefix_cache", "random_weights", "use_graphs", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
@@ -226,7 +231,8 @@ def make_core(loaded: LoadedModel, replicas: Replicas, options: EngineOptions) -
     else:
         runner = DeviceRunner(model, cache, group, loaded.memory, Stream(), max_running=options.max_running,
                               max_pages=pool.pages_for(loaded.max_len),
-                              multiprocessors=device_info().multiprocessors, use_graphs=options.use_graphs)
+                              multiprocessors=device_info().multiprocessors, use_graphs=options.use_graphs,
+                              batch_invariant=options.batch_invariant)
         sampler = DeviceSampler(runner.vocab_start, runner.vocab_stop, options.max_running, group, loaded.memory)
     return EngineCore(runner, scheduler, sampler, replicas.comm)
 

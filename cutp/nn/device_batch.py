@@ -50,9 +50,10 @@ class AttentionShape:
         return cls(*shapes.pop(), tuple(dict.fromkeys(layer.window for layer in layers)), tuple(ropes))
 
     def workspace(self, memory: Memory, batch: int, max_pages: int, page_size: int, multiprocessors: int,
-                  dtype: np.dtype) -> DecodeWorkspace:
+                  dtype: np.dtype, batch_invariant: bool = False) -> DecodeWorkspace:
         """For up to `batch` requests of up to `max_pages` pages each."""
-        return DecodeWorkspace(memory, self, batch, max_pages, page_size, multiprocessors * BLOCKS_PER_MULTIPROCESSOR)
+        return DecodeWorkspace(memory, self, batch, max_pages, page_size, multiprocessors * BLOCKS_PER_MULTIPROCESSOR,
+                               dtype, batch_invariant)
 
 
 def attention_shape(layers: Iterable[Any], params: KVCacheParams) -> AttentionShape | LatentShape:
@@ -61,9 +62,14 @@ def attention_shape(layers: Iterable[Any], params: KVCacheParams) -> AttentionSh
 
 
 class DecodeWorkspace:
-    """Static buffers of decode attention for up to `batch` requests of up to `max_pages` pages each."""
+    """Static buffers of decode attention for up to `batch` requests of up to `max_pages` pages each.
 
-    def __init__(self, memory: Memory, shape: AttentionShape, batch: int, max_pages: int, page_size: int, blocks: int):
+    dtype: of queries, keys and values. batch_invariant: requests are divided by their own lengths alone, so that their
+    bits do not depend on the others.
+    """
+
+    def __init__(self, memory: Memory, shape: AttentionShape, batch: int, max_pages: int, page_size: int, blocks: int,
+                 dtype: np.dtype, batch_invariant: bool = False):
         sizes = decode_workspace(batch, max_pages * page_size, shape.n_heads, shape.n_kv_heads, shape.head_dim)
         self.plans = {window: memory.empty(sizes.plan, np.int32) for window in shape.windows}
         self.partials = memory.empty(sizes.partials, np.float32)
@@ -71,12 +77,14 @@ class DecodeWorkspace:
         self.counters[...] = 0
         self.blocks = blocks
         self.n_kv_heads = shape.n_kv_heads
+        self.dtype = dtype
+        self.batch_invariant = batch_invariant
 
     def prepare(self, kv_lengths: Any) -> None:
         """Lists the work of requests with one new token each, for every window."""
+        splits = None if self.batch_invariant else splits_for_batch(kv_lengths.shape[0], self.n_kv_heads)
         for window, plan in self.plans.items():
-            decode_plan(kv_lengths, self.n_kv_heads, window=window, plan=plan, pdl=True,
-                        target_splits=splits_for_batch(kv_lengths.shape[0], self.n_kv_heads))
+            decode_plan(kv_lengths, self.n_kv_heads, window=window, plan=plan, pdl=True, target_splits=splits)
 
 
 @dataclass
@@ -180,11 +188,11 @@ class RotaryTables:
 
 def upload_batch(memory: Memory, shape: AttentionShape | LatentShape, workspace: DecodeWorkspace | LatentWorkspace,
                  tokens: Sequence[int], lengths: np.ndarray, cached: np.ndarray, lookup_table: np.ndarray,
-                 page_size: int, rope_lengths: np.ndarray) -> DeviceBatch:
+                 page_size: int, rope_lengths: np.ndarray, decode_count: int | None = None) -> DeviceBatch:
     """A batch of new tokens, with requests of one token first; arrays in scratch memory.
 
     tokens: the new tokens of all requests. lengths, cached: int [B], new tokens and tokens in the cache. lookup_table:
-    int32 [B, P], any width.
+    int32 [B, P], any width. decode_count: how many of those requests go through the decode kernel; by default all.
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     request = np.repeat(np.arange(len(lengths)), lengths)
@@ -193,6 +201,8 @@ def upload_batch(memory: Memory, shape: AttentionShape | LatentShape, workspace:
     slots = lookup_table[request, page].astype(np.int64) * page_size + offset
     many = np.flatnonzero(lengths > 1)
     count = int(many[0]) if len(many) else len(lengths)
+    if decode_count is not None:
+        count = min(count, decode_count)
 
     def up(values: np.ndarray, dtype: Any) -> Any:
         host = np.ascontiguousarray(values, dtype)
@@ -210,7 +220,8 @@ def upload_batch(memory: Memory, shape: AttentionShape | LatentShape, workspace:
         batch.row_lengths = up(positions + 1, np.int32)
     elif count < len(lengths):
         group = shape.n_heads // shape.n_kv_heads
-        work = prefill_work_list(np.where(np.arange(len(lengths)) < count, 0, lengths), cached, group)
+        work = prefill_work_list(np.where(np.arange(len(lengths)) < count, 0, lengths), cached, group,
+                                 head_dim=shape.head_dim, dtype=workspace.dtype, row_offsets=offsets[:-1])
         batch.input_row_offsets, batch.cache_lengths = up(offsets, np.int32), up(cached, np.int32)
         batch.work_list = up(work, np.int32)
     return batch

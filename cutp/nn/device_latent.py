@@ -48,8 +48,9 @@ class LatentShape:
         return cls(*shapes.pop(), tuple(dict.fromkeys(layer.rope for layer in layers)))
 
     def workspace(self, memory: Memory, batch: int, max_pages: int, page_size: int, multiprocessors: int,
-                  dtype: np.dtype) -> LatentWorkspace:
-        """For up to `batch` requests of up to `max_pages` pages each."""
+                  dtype: np.dtype, batch_invariant: bool = False) -> LatentWorkspace:
+        """For up to `batch` requests of up to `max_pages` pages each. `batch_invariant` ones are divided no otherwise:
+        a request's parts always are those of its own length."""
         return LatentWorkspace(memory, self, batch, max_pages * page_size, multiprocessors, dtype)
 
 

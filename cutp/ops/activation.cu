@@ -6,26 +6,9 @@
 // archs: sm_80 sm_90a sm_100
 // variants: DTYPE=BF16,F16,F32
 #include "device.cuh"
+#include "activation.cuh"
 
 constexpr int width = vector_size<scalar_t>;
-
-// The numbers of activation_cuda.py.
-enum Activation { SILU, GELU, GELU_TANH, RELU, TANH, SIGMOID };
-
-// The exponential of a non-positive number only: no overflow at either end, and the divisor is between 1 and 2.
-__device__ __forceinline__ float sigmoid(float x) {
-    const float e = expf(-fabsf(x));
-    return (x >= 0 ? 1.0f : e) * reciprocal_approx(1.0f + e);
-}
-
-template <Activation kind> __device__ __forceinline__ float activated(float x) {
-    if constexpr (kind == SILU) return x * sigmoid(x);
-    if constexpr (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    if constexpr (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
-    if constexpr (kind == RELU) return x < 0 ? 0.0f : x;  // NaN stays, as fmaxf would not have it
-    if constexpr (kind == TANH) return tanhf(x);
-    if constexpr (kind == SIGMOID) return sigmoid(x);
-}
 
 template <Activation kind> __device__ __forceinline__ void activate_all(float (&x)[width]) {
 #pragma unroll
@@ -47,8 +30,8 @@ __device__ __forceinline__ void activate(int kind, float (&x)[width]) {
 extern "C" __global__ void __launch_bounds__(256)
 activation(const scalar_t* x, scalar_t* out, i64 count, int kind) {
     const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (first >= count) return;
     const int here = min(count - first, static_cast<i64>(width));
     float values[width];
@@ -69,9 +52,8 @@ struct GateUp {
         unpack<scalar_t>(up_vector, up);
 #pragma unroll
         for (int i = 0; i < width; i++) {
-            // Comparisons instead of fminf and fmaxf: a NaN must stay one.
-            gate[i] = gate[i] > limit ? limit : gate[i];
-            up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+            gate[i] = clamped_gate(gate[i], limit);
+            up[i] = clamped_up(up[i], limit);
         }
     }
 };
@@ -81,8 +63,8 @@ __device__ __forceinline__ int first_column() { return (blockIdx.y * blockDim.x 
 // out[rows, columns] = round(act(gate)) * up.
 extern "C" __global__ void __launch_bounds__(256)
 gated_activation(const scalar_t* gate_up, scalar_t* out, int columns, int kind, float limit) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int first = first_column();
     if (first >= columns) return;
     GateUp v(gate_up, first, columns, limit);
@@ -95,8 +77,8 @@ gated_activation(const scalar_t* gate_up, scalar_t* out, int columns, int kind, 
 // out[rows, columns] = gate * sigmoid(alpha * gate) * (up + 1), every step rounded.
 extern "C" __global__ void __launch_bounds__(256)
 clamped_swiglu(const scalar_t* gate_up, scalar_t* out, int columns, float alpha, float limit) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int first = first_column();
     if (first >= columns) return;
     GateUp v(gate_up, first, columns, limit);

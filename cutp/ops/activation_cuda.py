@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops.activation import activation_name
 from cutp.ops.launch_arguments import (
     DTYPE_DEFINES,
     MAX_ROWS,
     VECTOR_BYTES,
+    LaunchPlan,
     check_array,
     check_axes,
     check_dtype,
@@ -29,13 +31,8 @@ def activation(x: Any, name: str, *, out: Any, pdl: bool = False) -> None:
     """out = act(x) elementwise. x, out: any shape, contiguous, of one dtype (bfloat16, float16 or float32); `out` may
     be `x`. `name` as in `cutp.ops.activation`. ConfigError (UnsupportedModelError for `name`) otherwise."""
     number = _NUMBERS[activation_name(name)]
-    check_dtype("activation", "x", x)
-    check_array("activation", "x", x, x.shape)
-    check_array("activation", "out", out, x.shape, x.dtype)
-    launch(
-        "activation.cu", "activation", -(-x.size // (_THREADS * vector_width(x.dtype))), _THREADS,
-        [x, out, np.int64(x.size), np.int32(number)], defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}",), pdl=pdl,
-    )
+    plan = _plan(layout(x), layout(out), number)
+    launch("activation.cu", "activation", plan.grid, plan.block, [x, out, *plan.numbers], defines=plan.defines, pdl=pdl)
 
 
 def gated_activation(gate_up: Any, name: str, *, limit: float | None = None, out: Any, pdl: bool = False) -> None:
@@ -44,9 +41,8 @@ def gated_activation(gate_up: Any, name: str, *, limit: float | None = None, out
     Contiguous, of one dtype (bfloat16, float16 or float32); F is a multiple of 16 bytes. `limit` clamps gate from above
     and up from both sides before the activation. ConfigError (UnsupportedModelError for `name`) otherwise.
     """
-    number = _NUMBERS[activation_name(name)]
-    clamp = np.float32(inf if limit is None else limit)
-    _launch_gated("gated_activation", gate_up, out, [np.int32(number), clamp], pdl)
+    number = np.int32(_NUMBERS[activation_name(name)])
+    _launch_gated("gated_activation", gate_up, out, [number, np.float32(inf if limit is None else limit)], pdl)
 
 
 def clamped_swiglu(gate_up: Any, *, alpha: float = 1.702, limit: float = 7.0, out: Any, pdl: bool = False) -> None:
@@ -55,6 +51,22 @@ def clamped_swiglu(gate_up: Any, *, alpha: float = 1.702, limit: float = 7.0, ou
 
 
 def _launch_gated(op: str, gate_up: Any, out: Any, options: list[Any], pdl: bool) -> None:
+    plan = _gated_plan(op, layout(gate_up), layout(out))
+    launch("activation.cu", op, plan.grid, plan.block, [gate_up, out, *plan.numbers, *options], defines=plan.defines,
+           pdl=pdl)
+
+
+@remembered
+def _plan(x: Layout, out: Layout, number: int) -> LaunchPlan:
+    check_dtype("activation", "x", x)
+    check_array("activation", "x", x, x.shape)
+    check_array("activation", "out", out, x.shape, x.dtype)
+    return LaunchPlan(-(-x.size // (_THREADS * vector_width(x.dtype))), _THREADS,
+                      (f"DTYPE={DTYPE_DEFINES[x.dtype.name]}",), (np.int64(x.size), np.int32(number)))
+
+
+@remembered
+def _gated_plan(op: str, gate_up: Layout, out: Layout) -> LaunchPlan:
     check_dtype(op, "gate_up", gate_up)
     check_axes(op, "gate_up", gate_up, "T, 2F")
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -68,5 +80,4 @@ def _launch_gated(op: str, gate_up: Any, out: Any, options: list[Any], pdl: bool
     blocks = -(-vectors // threads)
     if rows > MAX_ROWS or blocks > _MAX_GRID_Y:
         raise ConfigError(f"{op}: gate_up of shape {gate_up.shape} is too large for one launch")
-    launch("activation.cu", op, (rows, blocks), threads, [gate_up, out, np.int32(columns), *options],
-           defines=(f"DTYPE={DTYPE_DEFINES[gate_up.dtype.name]}",), pdl=pdl)
+    return LaunchPlan((rows, blocks), threads, (f"DTYPE={DTYPE_DEFINES[gate_up.dtype.name]}",), (np.int32(columns),))

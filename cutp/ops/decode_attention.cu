@@ -608,6 +608,7 @@ decode_attention(const scalar_t* q, const scalar_t* pages, const int* lookup_tab
     const Arguments a{q,        pages,    lookup_table, plan,      sinks,    out,   partials,    counters,
                       capacity, max_pages, page_size,   kv_heads, group, score_scale, cap};
     Attention<scalar_t> attention;
+    pdl_launch_dependents();
     pdl_wait();
     const int stride = gridDim.x;
     const uint4 item = load_item(a, blockIdx.x);
@@ -623,9 +624,7 @@ decode_attention(const scalar_t* q, const scalar_t* pages, const int* lookup_tab
     for (;;) {
         Task next = task;
         const bool is_final = task.index + stride >= tasks;
-        if (is_final) {
-            pdl_launch_dependents();
-        } else {
+        if (!is_final) {
             next = make_task(a, task.index + stride, item_ahead);
             item_ahead = load_item(a, next.index + stride);
         }

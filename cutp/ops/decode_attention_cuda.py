@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES
+from cutp.ops.launch_arguments import DTYPE_DEFINES, LaunchPlan
 
 _HEAD_DIMS = (64, 80, 96, 128, 256)
 _WARP, _WARPS = 32, 4
@@ -82,23 +83,9 @@ def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, 
     too short or too long for so many; by default as many as one request alone is best divided into, so that its result
     does not depend on the others. plan: int32 [1 + items, 4], of the shape that `decode_workspace` gives.
     """
-    what = "decode_plan"
-    _check_array(what, "kv_lengths", kv_lengths, (None,), "int32")
-    _check_array(what, "plan", plan, (None, 4), "int32")
-    if window is not None and window < 1:
-        raise ConfigError(f"{what}: window is {window}, it must be at least 1")
-    if n_kv_heads < 1:
-        raise ConfigError(f"{what}: n_kv_heads is {n_kv_heads}")
-    batch, capacity = len(kv_lengths), plan.shape[0] - 1
-    if capacity < batch:
-        raise ConfigError(f"{what}: plan has room for {capacity} items, fewer than the {batch} requests")
-    most = _target_splits(n_kv_heads)
-    if target_splits is not None and not 1 <= target_splits <= most:
-        raise ConfigError(f"{what}: target_splits is {target_splits}; it must be from 1 to {most}")
-    window = _MAX_INT32 if window is None else min(window, _MAX_INT32)
-    launch("decode_plan.cu", "decode_plan", 1, _PLAN_THREADS,
-           [kv_lengths, plan, np.int32(batch), np.int32(capacity), np.int32(window),
-            np.int32(target_splits or most)], pdl=pdl)
+    launched = _plan_launch(layout(kv_lengths), layout(plan), n_kv_heads, window, target_splits)
+    launch("decode_plan.cu", "decode_plan", launched.grid, launched.block, [kv_lengths, plan, *launched.numbers],
+           pdl=pdl)
 
 
 def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, *,
@@ -115,25 +102,60 @@ def decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, pla
 
     All arrays are contiguous. The result of a row has the same bits whatever the other rows are.
     """
-    group = _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, partials, counters, blocks, out)
-    batch, n_heads, head_dim = q.shape
-    n_kv_heads, page_size = pages.shape[2:4]
-    if batch == 0:
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"decode_attention: softcap is {softcap}, it must be positive")
+    launched = _attention_launch(layout(q), layout(pages), layout(lookup_table), layout(kv_lengths), layout(plan),
+                                 optional_layout(sinks), layout(partials), layout(counters), blocks, layout(out))
+    if launched is None:
         return
-    tensor_cores = q.dtype.name != "float32"
-    head_tiles = _head_tiles(head_dim, group, tensor_cores)
     if softcap is None:
         score_scale, cap = scale * _LOG2_E, 0.0
     else:
         score_scale, cap = scale / softcap, softcap * _LOG2_E
     launch(
-        "decode_attention.cu", "decode_attention", blocks, _WARPS * _WARP,
-        [q, pages, lookup_table, kv_lengths, plan, sinks, out, partials, counters, np.int32(batch),
-         np.int32(plan.shape[0] - 1), np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_kv_heads),
-         np.int32(group), np.float32(score_scale), np.float32(cap)],
-        shared_bytes=_shared_bytes(head_dim, group, head_tiles, tensor_cores),
-        defines=(f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", f"HEAD_TILES={head_tiles}"), pdl=pdl,
+        "decode_attention.cu", "decode_attention", launched.grid, launched.block,
+        [q, pages, lookup_table, kv_lengths, plan, sinks, out, partials, counters, *launched.numbers,
+         np.float32(score_scale), np.float32(cap)],
+        shared_bytes=launched.shared_bytes, defines=launched.defines, pdl=pdl,
     )
+
+
+@remembered
+def _plan_launch(kv_lengths: Layout, plan: Layout, n_kv_heads: int, window: int | None,
+                 target_splits: int | None) -> LaunchPlan:
+    what = "decode_plan"
+    _check_array(what, "kv_lengths", kv_lengths, (None,), "int32")
+    _check_array(what, "plan", plan, (None, 4), "int32")
+    if window is not None and window < 1:
+        raise ConfigError(f"{what}: window is {window}, it must be at least 1")
+    if n_kv_heads < 1:
+        raise ConfigError(f"{what}: n_kv_heads is {n_kv_heads}")
+    batch, capacity = kv_lengths.shape[0], plan.shape[0] - 1
+    if capacity < batch:
+        raise ConfigError(f"{what}: plan has room for {capacity} items, fewer than the {batch} requests")
+    most = _target_splits(n_kv_heads)
+    if target_splits is not None and not 1 <= target_splits <= most:
+        raise ConfigError(f"{what}: target_splits is {target_splits}; it must be from 1 to {most}")
+    window = _MAX_INT32 if window is None else min(window, _MAX_INT32)
+    return LaunchPlan(1, _PLAN_THREADS, (), tuple(map(np.int32, (batch, capacity, window, target_splits or most))))
+
+
+@remembered
+def _attention_launch(q: Layout, pages: Layout, lookup_table: Layout, kv_lengths: Layout, plan: Layout,
+                      sinks: Layout | None, partials: Layout, counters: Layout, blocks: int,
+                      out: Layout) -> LaunchPlan | None:
+    group = _check_attention(q, pages, lookup_table, kv_lengths, plan, sinks, partials, counters, blocks, out)
+    batch, _, head_dim = q.shape
+    if batch == 0:
+        return None
+    n_kv_heads, page_size = pages.shape[2:4]
+    tensor_cores = q.dtype.name != "float32"
+    head_tiles = _head_tiles(head_dim, group, tensor_cores)
+    numbers = batch, plan.shape[0] - 1, lookup_table.shape[1], page_size, n_kv_heads, group
+    return LaunchPlan(
+        blocks, _WARPS * _WARP,
+        (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", f"HEAD_TILES={head_tiles}"),
+        tuple(map(np.int32, numbers)), _shared_bytes(head_dim, group, head_tiles, tensor_cores))
 
 
 def _target_splits(n_kv_heads: int) -> int:
@@ -152,7 +174,8 @@ def _shared_bytes(head_dim: int, group: int, head_tiles: int, tensor_cores: bool
     return _WARPS * (queries + 8 * heads + 4 * min(group, heads) * (head_dim + 4))
 
 
-def _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, partials, counters, blocks, out) -> int:
+def _check_attention(q: Layout, pages: Layout, lookup_table: Layout, kv_lengths: Layout, plan: Layout,
+                     sinks: Layout | None, partials: Layout, counters: Layout, blocks: int, out: Layout) -> int:
     """Query heads a key-value head; ConfigError, naming the argument, if an array does not fit."""
     what = "decode_attention"
     if q.dtype.name not in DTYPE_DEFINES:
@@ -173,15 +196,14 @@ def _check_attention(q, pages, lookup_table, kv_lengths, plan, softcap, sinks, p
     _check_array(what, "out", out, q.shape, q.dtype.name)
     if sinks is not None:
         _check_array(what, "sinks", sinks, (n_heads,), "float32")
-    if softcap is not None and not softcap > 0:
-        raise ConfigError(f"{what}: softcap is {softcap}, it must be positive")
     if blocks < 1:
         raise ConfigError(f"{what}: blocks is {blocks}")
     _check_workspace(what, q, n_kv_heads, plan, partials, counters, lookup_table.shape[1] * page_size)
     return n_heads // n_kv_heads
 
 
-def _check_workspace(what: str, q: Any, n_kv_heads: int, plan: Any, partials: Any, counters: Any, max_length: int):
+def _check_workspace(what: str, q: Layout, n_kv_heads: int, plan: Layout, partials: Layout, counters: Layout,
+                     max_length: int) -> None:
     """ConfigError unless there is room for requests as long as the lookup table allows."""
     batch, n_heads, head_dim = q.shape
     capacity = plan.shape[0] - 1
@@ -193,11 +215,11 @@ def _check_workspace(what: str, q: Any, n_kv_heads: int, plan: Any, partials: An
     _check_array(what, "counters", counters, (None,), "uint32")
     for name, array, size in (("partials", partials, capacity * n_heads * (head_dim + 2)),
                               ("counters", counters, capacity * n_heads * _WARPS)):
-        if len(array) < size:
-            raise ConfigError(f"{what}: {name} has {len(array)} elements; a plan of {capacity} items needs {size}")
+        if array.size < size:
+            raise ConfigError(f"{what}: {name} has {array.size} elements; a plan of {capacity} items needs {size}")
 
 
-def _check_array(what: str, name: str, array: Any, shape: tuple[int | None, ...], dtype: str) -> None:
+def _check_array(what: str, name: str, array: Layout, shape: tuple[int | None, ...], dtype: str) -> None:
     """ConfigError unless `array` is contiguous, of this dtype and of this shape; None stands for any length."""
     fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
     if not fits:
@@ -205,5 +227,5 @@ def _check_array(what: str, name: str, array: Any, shape: tuple[int | None, ...]
         raise ConfigError(f"{what}: {name} has shape {array.shape}; it needs ({wanted})")
     if array.dtype.name != dtype:
         raise ConfigError(f"{what}: {name} has dtype {array.dtype}; it needs {dtype}")
-    if not array.flags.c_contiguous:
+    if not array.is_contiguous:
         raise ConfigError(f"{what}: {name} of shape {array.shape} and strides {array.strides} is not contiguous")

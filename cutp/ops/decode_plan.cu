@@ -65,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(warps * warp_size)
 decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits) {
     __shared__ int scratch[warps];
     __shared__ int lengths[warps * warp_size], offsets[warps * warp_size];
+    pdl_launch_dependents();
     pdl_wait();
     int count = 0;
     for (int base = 0; base < batch; base += blockDim.x) {
@@ -79,6 +80,5 @@ decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int win
             write_items(share_of(lengths[i], window, target_splits), base + i, offsets[i], plan + 1, capacity);
         __syncthreads();
     }
-    pdl_launch_dependents();
     if (threadIdx.x == 0) store_vector(plan, make_uint4(min(count, capacity), 0, 0, 0));
 }

@@ -7,6 +7,9 @@ allocates, waits, or reads a device value on the host.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,25 @@ from cutp.ops.kv_write import kv_write
 # cuBLASLt or faster (cutp.bench.kernels), and a row's bits do not depend on the number of rows.
 _SKINNY_ROWS = 8
 _SKINNY_BYTES = 150 << 20
+
+
+class _Choices(threading.local):
+    """What the operations of this thread must keep to."""
+
+    row_invariant = False
+
+
+_choices = _Choices()
+
+
+@contextmanager
+def row_invariant(wanted: bool) -> Iterator[None]:
+    """Inside, with `wanted`, the bits of a row of a product on a device do not depend on the number of rows."""
+    before, _choices.row_invariant = _choices.row_invariant, wanted
+    try:
+        yield
+    finally:
+        _choices.row_invariant = before
 
 
 def embedding(tokens: Any, table: Any, vocab_start: int, dtype: np.dtype) -> Any:

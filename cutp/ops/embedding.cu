@@ -11,8 +11,8 @@ __device__ __forceinline__ void gather(const Token* tokens, const uint4* table, 
                                        i64 vocab_start, i64 n_rows, int row_vectors) {
     const i64 t = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
     // The row to load depends on the token, which is an activation: no weight can be loaded ahead.
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (t >= n_tokens) return;
     const i64 row = static_cast<i64>(load_activation_element(tokens + t)) - vocab_start;
     const bool owned = row >= 0 && row < n_rows;

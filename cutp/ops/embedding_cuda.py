@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import MAX_ROWS, VECTOR_BYTES, check_array, check_axes, check_dtype
+from cutp.ops.launch_arguments import MAX_ROWS, VECTOR_BYTES, LaunchPlan, check_array, check_axes, check_dtype
 
 _WARP, _MAX_THREADS = 32, 1024
 _ROWS_PER_BLOCK = 4  # of rows that take one warp each
@@ -21,6 +22,14 @@ def embedding(tokens: Any, table: Any, vocab_start: int, *, out: Any, pdl: bool 
     vocab_start .. vocab_start + V_local - 1 of the whole table, bfloat16, float16 or float32. out: [T, d] of the dtype
     of `table`. All contiguous, d a multiple of 16 bytes. ConfigError otherwise.
     """
+    plan = _plan(layout(tokens), layout(table), layout(out), vocab_start)
+    if plan is not None:
+        launch("embedding.cu", f"embedding_{tokens.dtype.name}", plan.grid, plan.block,
+               [tokens, table, out, *plan.numbers], pdl=pdl)
+
+
+@remembered
+def _plan(tokens: Layout, table: Layout, out: Layout, vocab_start: int) -> LaunchPlan | None:
     check_axes("embedding", "tokens", tokens, "T")
     check_axes("embedding", "table", table, "V_local, d")
     n_tokens, (n_rows, dim) = tokens.shape[0], table.shape
@@ -37,10 +46,8 @@ def embedding(tokens: Any, table: Any, vocab_start: int, *, out: Any, pdl: bool 
         raise ConfigError(f"embedding: {n_tokens} tokens; at most {MAX_ROWS} are possible")
     vectors = row_bytes // VECTOR_BYTES
     if n_tokens == 0 or vectors == 0:
-        return
+        return None
     threads = min(-(-vectors // _WARP) * _WARP, _MAX_THREADS)
     rows_per_block = _ROWS_PER_BLOCK if threads == _WARP else 1
-    launch(
-        "embedding.cu", f"embedding_{tokens.dtype.name}", -(-n_tokens // rows_per_block), (threads, rows_per_block),
-        [tokens, table, out, np.int32(n_tokens), np.int64(vocab_start), np.int64(n_rows), np.int32(vectors)], pdl=pdl,
-    )
+    return LaunchPlan(-(-n_tokens // rows_per_block), (threads, rows_per_block),
+                      numbers=(np.int32(n_tokens), np.int64(vocab_start), np.int64(n_rows), np.int32(vectors)))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import (
     DTYPE_DEFINES,
@@ -53,7 +54,8 @@ def grouped_linear(x: Any, weight: Any, offsets: Any, bias: Any = None, *, token
     result depend on its row of x and its expert only, not on R, nor on the other rows.
     """
     op = "grouped_linear"
-    rows, experts, n, k = _check(op, x, weight, offsets, bias, tokens, out)
+    rows, experts, n, k = _check(op, layout(x), layout(weight), optional_layout(offsets), optional_layout(bias),
+                                 optional_layout(tokens), layout(out))
     if rows == 0 or experts == 0 or n == 0:
         return
     tile = choose_tile(rows if expected_rows is None else min(rows, expected_rows), experts, n, x.dtype)
@@ -92,7 +94,9 @@ def most_row_tiles(rows: int, experts: int, tile_rows: int) -> int:
     return rows if rows <= experts else experts + (rows - experts) // tile_rows
 
 
-def _check(op: str, x: Any, weight: Any, offsets: Any, bias: Any, tokens: Any, out: Any) -> tuple[int, int, int, int]:
+@remembered
+def _check(op: str, x: Layout, weight: Layout, offsets: Layout | None, bias: Layout | None, tokens: Layout | None,
+           out: Layout) -> tuple[int, int, int, int]:
     """R, E, N and K; ConfigError, naming the argument, if an array does not fit."""
     check_dtype(op, "x", x)
     check_axes(op, "x", x, "rows, K")

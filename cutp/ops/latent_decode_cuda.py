@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES, MAX_ROWS, check_array, check_axes, check_dtype
+from cutp.ops.launch_arguments import DTYPE_DEFINES, MAX_ROWS, LaunchPlan, check_array, check_axes, check_dtype
 
 CHANNELS, VALUE_DIM = 576, 512
 """Of the cached latents and of those among them that are values, in all models that cutp knows."""
@@ -57,17 +58,9 @@ def latent_decode_plan(kv_lengths: Any, n_heads: int, *, whole: bool = False, pl
     batch. plan: int32 [1 + items, 4], of the shape that `latent_decode_workspace` gives for this `whole`. ConfigError
     otherwise.
     """
-    op = "latent_decode_plan"
-    check_axes(op, "kv_lengths", kv_lengths, "B")
-    check_axes(op, "plan", plan, "1 + items, 4")
-    batch, capacity = kv_lengths.shape[0], plan.shape[0] - 1
-    check_array(op, "kv_lengths", kv_lengths, (batch,), np.int32)
-    check_array(op, "plan", plan, (1 + capacity, 4), np.int32)
-    if n_heads < 1 or capacity < batch:
-        raise ConfigError(f"{op}: a plan of {capacity} items for {batch} requests of {n_heads} heads")
-    launch("decode_plan.cu", "decode_plan", 1, _PLAN_THREADS,
-           [kv_lengths, plan, np.int32(batch), np.int32(capacity), np.int32(_NO_WINDOW),
-            np.int32(_target_splits(n_heads, whole))], pdl=pdl)
+    launched = _plan_launch(layout(kv_lengths), layout(plan), n_heads, whole)
+    launch("decode_plan.cu", "decode_plan", launched.grid, launched.block, [kv_lengths, plan, *launched.numbers],
+           pdl=pdl)
 
 
 def latent_decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float, *,
@@ -85,18 +78,19 @@ def latent_decode_attention(q: Any, pages: Any, lookup_table: Any, kv_lengths: A
 
     All arrays are contiguous. The result of a row has the same bits whatever the other rows are. ConfigError otherwise.
     """
-    batch, n_heads, page_size = _check("latent_decode_attention", q, pages, lookup_table, kv_lengths, plan, scale,
-                                       table_rows, whole, partials, blocks, out)
-    if batch == 0 or n_heads == 0:
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"latent_decode_attention: scale is {scale}; it must be positive")
+    launches = _attention_launches(layout(q), layout(pages), layout(lookup_table), layout(kv_lengths), layout(plan),
+                                   optional_layout(table_rows), whole, layout(partials), blocks, layout(out))
+    if launches is None:
         return
-    heads, capacity = _task_heads(n_heads), plan.shape[0] - 1
-    defines = (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEADS={heads}")
-    launch("latent_decode.cu", "latent_decode", blocks, _threads(heads),
-           [q, pages, lookup_table, table_rows, kv_lengths, plan, out, partials, np.int32(batch), np.int32(capacity),
-            np.int32(lookup_table.shape[1]), np.int32(page_size), np.int32(n_heads), np.float32(scale * _LOG2_E)],
-           shared_bytes=_shared_bytes(heads), defines=defines, pdl=pdl)
-    launch("latent_decode.cu", "latent_merge", 2 * blocks, _MERGE_THREADS,
-           [plan, out, partials, np.int32(capacity), np.int32(n_heads)], defines=defines, pdl=pdl)
+    attend, merge = launches
+    launch("latent_decode.cu", "latent_decode", attend.grid, attend.block,
+           [q, pages, lookup_table, table_rows, kv_lengths, plan, out, partials, *attend.numbers,
+            np.float32(scale * _LOG2_E)],
+           shared_bytes=attend.shared_bytes, defines=attend.defines, pdl=pdl)
+    launch("latent_decode.cu", "latent_merge", merge.grid, merge.block, [plan, out, partials, *merge.numbers],
+           defines=merge.defines, pdl=pdl)
 
 
 def blocks_per_multiprocessor(n_heads: int) -> int:
@@ -123,8 +117,38 @@ def _shared_bytes(heads: int) -> int:
     return (heads + 2 * _KEYS) * CHANNELS * 2 + heads * (_KEYS * 2 + 16)
 
 
-def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan: Any, scale: float,
-           table_rows: Any, whole: bool, partials: Any, blocks: int, out: Any) -> tuple[int, int, int]:
+@remembered
+def _plan_launch(kv_lengths: Layout, plan: Layout, n_heads: int, whole: bool) -> LaunchPlan:
+    op = "latent_decode_plan"
+    check_axes(op, "kv_lengths", kv_lengths, "B")
+    check_axes(op, "plan", plan, "1 + items, 4")
+    batch, capacity = kv_lengths.shape[0], plan.shape[0] - 1
+    check_array(op, "kv_lengths", kv_lengths, (batch,), np.int32)
+    check_array(op, "plan", plan, (1 + capacity, 4), np.int32)
+    if n_heads < 1 or capacity < batch:
+        raise ConfigError(f"{op}: a plan of {capacity} items for {batch} requests of {n_heads} heads")
+    return LaunchPlan(1, _PLAN_THREADS, (),
+                      tuple(map(np.int32, (batch, capacity, _NO_WINDOW, _target_splits(n_heads, whole)))))
+
+
+@remembered
+def _attention_launches(q: Layout, pages: Layout, lookup_table: Layout, kv_lengths: Layout, plan: Layout,
+                        table_rows: Layout | None, whole: bool, partials: Layout, blocks: int,
+                        out: Layout) -> tuple[LaunchPlan, LaunchPlan] | None:
+    """Of the two kernels; None for nothing to do."""
+    batch, n_heads, page_size = _check("latent_decode_attention", q, pages, lookup_table, kv_lengths, plan, table_rows,
+                                       whole, partials, blocks, out)
+    if batch == 0 or n_heads == 0:
+        return None
+    heads, capacity = _task_heads(n_heads), plan.shape[0] - 1
+    defines = (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEADS={heads}")
+    numbers = batch, capacity, lookup_table.shape[1], page_size, n_heads
+    return (LaunchPlan(blocks, _threads(heads), defines, tuple(map(np.int32, numbers)), _shared_bytes(heads)),
+            LaunchPlan(2 * blocks, _MERGE_THREADS, defines, (np.int32(capacity), np.int32(n_heads))))
+
+
+def _check(op: str, q: Layout, pages: Layout, lookup_table: Layout, kv_lengths: Layout, plan: Layout,
+           table_rows: Layout | None, whole: bool, partials: Layout, blocks: int, out: Layout) -> tuple[int, int, int]:
     """Requests, heads and tokens a page; ConfigError, naming the argument, if an array does not fit."""
     check_dtype(op, "q", q, ("bfloat16", "float16"))
     check_axes(op, "q", q, "B, H, 576")
@@ -147,8 +171,6 @@ def _check(op: str, q: Any, pages: Any, lookup_table: Any, kv_lengths: Any, plan
     if page_size < 1 or page_size % _TILE or n_pages * page_size > MAX_ROWS:
         raise ConfigError(f"{op}: {n_pages} pages of {page_size} tokens; a page needs a multiple of {_TILE}, and all "
                           f"together at most {MAX_ROWS} tokens")
-    if not 0 < scale < math.inf:
-        raise ConfigError(f"{op}: scale is {scale}; it must be positive")
     if blocks < 1:
         raise ConfigError(f"{op}: blocks is {blocks}")
     capacity = plan.shape[0] - 1

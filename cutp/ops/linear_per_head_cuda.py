@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES, VECTOR_BYTES, check_axes, check_dtype, vector_width
+from cutp.ops.launch_arguments import DTYPE_DEFINES, VECTOR_BYTES, LaunchPlan, check_axes, check_dtype, vector_width
 
 _THREADS, _MAX_GRID = 128, 65535
 
@@ -21,6 +22,14 @@ def linear_per_head(x: Any, weight: Any, *, out: Any, pdl: bool = False) -> None
     elements; the other axes may lie apart, of x and weight by multiples of 16 bytes. K, and N of a transposed weight,
     are multiples of 16 bytes. ConfigError otherwise. The bits of a row depend on that row and its head only.
     """
+    plan = _plan(layout(x), layout(weight), layout(out))
+    if plan is not None:
+        launch("linear_per_head.cu", "linear_per_head", plan.grid, plan.block, [x, weight, out, *plan.numbers],
+               defines=plan.defines, pdl=pdl)
+
+
+@remembered
+def _plan(x: Layout, weight: Layout, out: Layout) -> LaunchPlan | None:
     op = "linear_per_head"
     check_dtype(op, "x", x)
     for name, array, axes in (("x", x, "T, H, K"), ("weight", weight, "H, N, K"), ("out", out, "T, H, N")):
@@ -32,7 +41,7 @@ def linear_per_head(x: Any, weight: Any, *, out: Any, pdl: bool = False) -> None
         if array.shape != shape:
             raise ConfigError(f"{op}: {name} has shape {array.shape}; it needs {shape} for x of shape {x.shape}")
     if x.size == 0 or n == 0:
-        return
+        return None
     item, width = x.dtype.itemsize, vector_width(x.dtype)
     transposed = weight.strides[2] != item
     if k % width or transposed and n % width:
@@ -47,13 +56,12 @@ def linear_per_head(x: Any, weight: Any, *, out: Any, pdl: bool = False) -> None
     grid = -(-n // block_columns), -(-tokens // block_rows), heads
     if max(grid[1:]) > _MAX_GRID:
         raise ConfigError(f"{op}: x of shape {x.shape} is too large for one launch")
-    launch("linear_per_head.cu", op, grid, _THREADS,
-           [x, weight, out, np.int32(tokens), np.int32(n), np.int32(k),
-            *map(np.int64, (*x_strides, *weight_strides, *out_strides))],
-           defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"TRANSPOSED={int(transposed)}"), pdl=pdl)
+    return LaunchPlan(grid, _THREADS, (f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"TRANSPOSED={int(transposed)}"),
+                      (np.int32(tokens), np.int32(n), np.int32(k),
+                       *map(np.int64, (*x_strides, *weight_strides, *out_strides))))
 
 
-def _strides(op: str, name: str, array: Any, outer: tuple[int, ...], inner: int, alignment: int) -> list[int]:
+def _strides(op: str, name: str, array: Layout, outer: tuple[int, ...], inner: int, alignment: int) -> list[int]:
     """`outer` in elements; ConfigError unless those are multiples of `alignment` bytes and `inner` is one element."""
     item = array.dtype.itemsize
     if inner != item or any(stride % alignment for stride in outer):

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import (
     DTYPE_DEFINES,
     MAX_ROWS,
     VECTOR_BYTES,
+    LaunchPlan,
     check_array,
     check_axes,
     check_dtype,
@@ -33,6 +35,25 @@ def expert_rows(experts: Any, first: int, count: int, *, tokens: Any, offsets: A
     experts: int32 [T, k], with -1 for slots that are padding. Written are tokens: int32 [T * k], in its first
     offsets[count] elements; offsets: int32 [count + 1]; positions: int32 [T, k]. Contiguous; ConfigError otherwise.
     """
+    plan = _rows_plan(layout(experts), first, count, layout(tokens), layout(offsets), layout(positions))
+    launch("moe.cu", "expert_rows", plan.grid, plan.block, [experts, tokens, offsets, positions, *plan.numbers],
+           defines=plan.defines, pdl=pdl)
+
+
+def combine_experts(y: Any, positions: Any, weights: Any, *, out: Any, pdl: bool = False) -> None:
+    """out = `moe.combine_experts`. y: [rows, H]; positions: int32 [T, k]; weights: float32 [T, k]; out: [T, H].
+
+    y and out have one dtype (bfloat16, float16 or float32); H is a multiple of 16 bytes; positions are below the number
+    of rows (not checked). Contiguous; ConfigError otherwise.
+    """
+    plan = _combine_plan(layout(y), layout(positions), layout(weights), layout(out))
+    launch("moe.cu", "combine_experts", plan.grid, plan.block, [y, positions, weights, out, *plan.numbers],
+           defines=plan.defines, pdl=pdl)
+
+
+@remembered
+def _rows_plan(experts: Layout, first: int, count: int, tokens: Layout, offsets: Layout,
+               positions: Layout) -> LaunchPlan:
     op = "expert_rows"
     check_axes(op, "experts", experts, "T, k")
     check_array(op, "experts", experts, experts.shape, np.int32)
@@ -43,19 +64,12 @@ def expert_rows(experts: Any, first: int, count: int, *, tokens: Any, offsets: A
     check_array(op, "tokens", tokens, (experts.size,), np.int32)
     check_array(op, "offsets", offsets, (count + 1,), np.int32)
     check_array(op, "positions", positions, experts.shape, np.int32)
-    threads = _THREADS if experts.size < _MANY_SLOTS else 4 * _THREADS
-    launch("moe.cu", op, count + 1, threads,
-           [experts, tokens, offsets, positions, np.int32(experts.size), np.int32(experts.shape[1]), np.int32(first),
-            np.int32(count)],
-           defines=("DTYPE=F32",), pdl=pdl)
+    return LaunchPlan(count + 1, _THREADS if experts.size < _MANY_SLOTS else 4 * _THREADS, ("DTYPE=F32",),
+                      tuple(map(np.int32, (experts.size, experts.shape[1], first, count))))
 
 
-def combine_experts(y: Any, positions: Any, weights: Any, *, out: Any, pdl: bool = False) -> None:
-    """out = `moe.combine_experts`. y: [rows, H]; positions: int32 [T, k]; weights: float32 [T, k]; out: [T, H].
-
-    y and out have one dtype (bfloat16, float16 or float32); H is a multiple of 16 bytes; positions are below the number
-    of rows (not checked). Contiguous; ConfigError otherwise.
-    """
+@remembered
+def _combine_plan(y: Layout, positions: Layout, weights: Layout, out: Layout) -> LaunchPlan:
     op = "combine_experts"
     check_dtype(op, "y", y)
     check_axes(op, "y", y, "rows, H")
@@ -73,6 +87,5 @@ def combine_experts(y: Any, positions: Any, weights: Any, *, out: Any, pdl: bool
     blocks = -(-vectors // threads)
     if n_tokens > MAX_ROWS or blocks > _MAX_GRID_Y:
         raise ConfigError(f"{op}: out of shape {out.shape} is too large for one launch")
-    launch("moe.cu", op, (n_tokens, blocks), threads,
-           [y, positions, weights, out, np.int32(top_k), np.int32(dim)],
-           defines=(f"DTYPE={DTYPE_DEFINES[y.dtype.name]}",), pdl=pdl)
+    return LaunchPlan((n_tokens, blocks), threads, (f"DTYPE={DTYPE_DEFINES[y.dtype.name]}",),
+                      (np.int32(top_k), np.int32(dim)))

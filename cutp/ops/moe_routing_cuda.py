@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES, MAX_ROWS, check_array, check_axes, check_dtype
+from cutp.ops.launch_arguments import DTYPE_DEFINES, MAX_ROWS, LaunchPlan, check_array, check_axes, check_dtype
 from cutp.ops.moe_routing import check_groups, check_top_k
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 32, 32
@@ -51,6 +52,13 @@ def route_group_limited(logits: Any, correction_bias: Any, top_k: int, *, num_gr
 
 def _route(op: str, logits: Any, top_k: int, slots: Any, experts: Any, weights: Any, more: list[Any],
            pdl: bool) -> None:
+    plan = _plan(op, layout(logits), top_k, optional_layout(slots), layout(experts), layout(weights))
+    launch("moe_routing.cu", op, plan.grid, plan.block, [logits, slots, experts, weights, *plan.numbers, *more],
+           defines=plan.defines, pdl=pdl)
+
+
+@remembered
+def _plan(op: str, logits: Layout, top_k: int, slots: Layout | None, experts: Layout, weights: Layout) -> LaunchPlan:
     check_dtype(op, "logits", logits)
     check_axes(op, "logits", logits, "T, E")
     tokens, count = logits.shape
@@ -64,6 +72,5 @@ def _route(op: str, logits: Any, top_k: int, slots: Any, experts: Any, weights: 
         check_array(op, "slots", slots, (tokens,), np.int64)
     check_array(op, "experts", experts, (tokens, top_k), np.int32)
     check_array(op, "weights", weights, (tokens, top_k), np.float32)
-    launch("moe_routing.cu", op, -(-tokens // _TOKENS_PER_BLOCK), _THREADS,
-           [logits, slots, experts, weights, np.int32(tokens), np.int32(count), np.int32(top_k), *more],
-           defines=(f"DTYPE={DTYPE_DEFINES[logits.dtype.name]}",), pdl=pdl)
+    return LaunchPlan(-(-tokens // _TOKENS_PER_BLOCK), _THREADS, (f"DTYPE={DTYPE_DEFINES[logits.dtype.name]}",),
+                      (np.int32(tokens), np.int32(count), np.int32(top_k)))

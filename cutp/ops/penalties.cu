@@ -21,8 +21,8 @@ __device__ __forceinline__ float penalised(float x, int count, float repetition,
 extern "C" __global__ void __launch_bounds__(block_threads)
 apply_penalties(float* logits, const int* counts, const int* slots, const float* repetition, const float* presence,
                 const float* frequency, int columns) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int row = blockIdx.y, slot = slot_of(slots, row);
     if (slot < 0) return;
     const float r = load_activation_element(repetition + row), p = load_activation_element(presence + row),
@@ -39,8 +39,8 @@ apply_penalties(float* logits, const int* counts, const int* slots, const float*
 // logits[row][id] += value for the row's list of `per_row` ids that differ from each other; a negative id is none.
 extern "C" __global__ void __launch_bounds__(block_threads)
 add_logit_bias(float* logits, const int* ids, const float* values, int per_row, int columns, i64 vocab_start) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     float* x = row_of(logits, blockIdx.x, columns);
     for (int i = threadIdx.x; i < per_row; i += block_threads) {
         const i64 entry = static_cast<i64>(blockIdx.x) * per_row + i;
@@ -54,8 +54,8 @@ add_logit_bias(float* logits, const int* ids, const float* values, int per_row, 
 extern "C" __global__ void __launch_bounds__(block_threads)
 count_tokens(int* counts, const int* slots, const i64* tokens, int n_tokens, int columns, i64 vocab_start,
              int in_prompt) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int i = blockIdx.x * block_threads + threadIdx.x;
     if (i >= n_tokens) return;
     const int slot = slot_of(slots, i);

@@ -21,8 +21,8 @@ __device__ __forceinline__ int elements_here(i64 count) {
 extern "C" __global__ void __launch_bounds__(256)
 scale(const scalar_t* x, scalar_t* out, i64 count, float factor) {
     const int here = elements_here(count);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (here == 0) return;
     float values[width];
     load_activations(x + first_element(), here, values);
@@ -35,8 +35,8 @@ scale(const scalar_t* x, scalar_t* out, i64 count, float factor) {
 extern "C" __global__ void __launch_bounds__(256)
 clip(const scalar_t* x, scalar_t* out, i64 count, float limit) {
     const int here = elements_here(count);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (here == 0) return;
     float values[width];
     load_activations(x + first_element(), here, values);
@@ -50,8 +50,8 @@ clip(const scalar_t* x, scalar_t* out, i64 count, float limit) {
 extern "C" __global__ void __launch_bounds__(256)
 scale_rows(const scalar_t* x, const scalar_t* shares, scalar_t* out, int dim) {
     const int column = (blockIdx.y * blockDim.x + threadIdx.x) * width;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (column >= dim) return;
     const i64 first = static_cast<i64>(blockIdx.x) * dim + column;
     const float share = to_float(load_activation_element(shares + blockIdx.x));
@@ -66,8 +66,8 @@ scale_rows(const scalar_t* x, const scalar_t* shares, scalar_t* out, int dim) {
 extern "C" __global__ void __launch_bounds__(256)
 residual_add(const scalar_t* x, const scalar_t* y, scalar_t* out, i64 count, float multiplier) {
     const int here = elements_here(count);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (here == 0) return;
     float sum[width], addend[width];
     load_activations(x + first_element(), here, sum);
@@ -83,8 +83,8 @@ residual_add(const scalar_t* x, const scalar_t* y, scalar_t* out, i64 count, flo
 extern "C" __global__ void __launch_bounds__(256)
 finish_logits(const scalar_t* logits, float* out, i64 count, float scaling, float softcap) {
     const int here = elements_here(count);
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (here == 0) return;
     float values[width];
     load_activations(logits + first_element(), here, values);

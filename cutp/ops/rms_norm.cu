@@ -99,6 +99,7 @@ rms_norm(const scalar_t* x, const scalar_t* weight, scalar_t* out, const float* 
          int rows_of_token, i64 x_stride, i64 out_stride, i64 total_stride, int total_dim, float eps,
          float weight_offset, int multiply_before_cast) {
     __shared__ float scratch[warp_size];
+    pdl_launch_dependents();
     const Weight w = load_row_weight(weight, dim);
     pdl_wait();
     if (row_index() >= rows) return;  // whole warps, and only where a row is one warp
@@ -108,7 +109,6 @@ rms_norm(const scalar_t* x, const scalar_t* weight, scalar_t* out, const float* 
         scale = reciprocal_rms(row, dim, eps, scratch);
     else
         scale = 1.0f / sqrtf(load_activation_element(total + row_index() * total_stride) / total_dim + eps);
-    pdl_launch_dependents();
     store_normalised(row, w, scale, weight_offset, multiply_before_cast,
                      out + row_offset(dim, rows_of_token, out_stride), dim);
 }
@@ -117,10 +117,10 @@ rms_norm(const scalar_t* x, const scalar_t* weight, scalar_t* out, const float* 
 extern "C" __global__ void __launch_bounds__(1024)
 square_sum(const scalar_t* x, float* sums, int rows, int dim, i64 x_stride, i64 sums_stride) {
     __shared__ float scratch[warp_size];
+    pdl_launch_dependents();
     pdl_wait();
     if (row_index() >= rows) return;
     const float sum = square_sum_of(load_row(x + row_index() * x_stride, dim), scratch);
-    pdl_launch_dependents();
     if (threadIdx.x == 0) sums[row_index() * sums_stride] = sum;
 }
 
@@ -129,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 layer_norm(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out, int rows, int dim,
            float eps) {
     __shared__ float scratch[warp_size];
+    pdl_launch_dependents();
     const Weight w = load_row_weight(weight, dim);
     pdl_wait();
     if (row_index() >= rows) return;
@@ -144,7 +145,6 @@ layer_norm(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scal
 #pragma unroll
         for (int j = 0; j < width; j++) row.values[i][j] = vector_index(i) < dim / width ? row.values[i][j] - mean : 0;
     const float scale = reciprocal_rms(row, dim, eps, scratch);
-    pdl_launch_dependents();
 #pragma unroll
     for (int i = 0; i < VECTORS_PER_THREAD; i++) {
         if (vector_index(i) >= dim / width) continue;
@@ -164,12 +164,12 @@ extern "C" __global__ void __launch_bounds__(1024)
 add_rms_norm(const scalar_t* x, const scalar_t* residual, const scalar_t* weight, scalar_t* residual_out,
              scalar_t* out, int rows, int dim, float eps, float weight_offset, int multiply_before_cast) {
     __shared__ float scratch[warp_size];
+    pdl_launch_dependents();
     const Weight w = load_row_weight(weight, dim);
     pdl_wait();
     if (row_index() >= rows) return;
     Row row = load_row(x + row_offset(dim), dim);
     add_residual(row, residual + row_offset(dim), residual_out + row_offset(dim), dim);
     const float scale = reciprocal_rms(row, dim, eps, scratch);
-    pdl_launch_dependents();
     store_normalised(row, w, scale, weight_offset, multiply_before_cast, out + row_offset(dim), dim);
 }

@@ -108,8 +108,8 @@ rotary_kv_write(const scalar_t* qkv, const float* cos, const float* sin, const i
                 int page_size, int interleaved) {
     const i64 token = blockIdx.x;
     const int heads = q_heads + 2 * kv_heads, head = blockIdx.y * blockDim.y + threadIdx.y;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const i64 slot = load_activation_element(slots + token);
     if (slot < 0 || head >= heads) return;
     const scalar_t* in = qkv + (token * heads + head) * head_dim;
@@ -139,8 +139,8 @@ rotary_kv_write(const scalar_t* qkv, const float* cos, const float* sin, const i
 extern "C" __global__ void __launch_bounds__(1024)
 narrow_heads(const scalar_t* x, scalar_t* out, int rows, int in_dim, int head_dim) {
     const i64 row = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (row >= rows) return;
     for (int i = threadIdx.x * width; i < head_dim; i += blockDim.x * width)
         store_vector(out + row * head_dim + i, load_activation(x + row * in_dim + i));

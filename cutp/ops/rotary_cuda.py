@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import (
     DTYPE_DEFINES,
     MAX_ROWS,
     VECTOR_BYTES,
+    LaunchPlan,
     check_array,
     check_axes,
     check_dtype,
@@ -36,27 +38,13 @@ def rotary_table(positions: Any, inv_freq: Any, attention_scaling: Any, dtype: A
     or float32 [B]. request_of_token: int64 [T], needed where one of them is per request. cos_out, sin_out: float32
     [T, R/2]. Rows whose position or request is negative are not written. All contiguous. ConfigError otherwise.
     """
-    op = "rotary_table"
-    check_axes(op, "positions", positions, "T")
-    if inv_freq.ndim not in (1, 2):
-        raise ConfigError(f"{op}: inv_freq has shape {inv_freq.shape}; it needs [R/2] or [B, R/2]")
-    n_tokens, half = positions.shape[0], inv_freq.shape[-1]
-    check_array(op, "positions", positions, (n_tokens,), np.dtype(np.int64))
-    check_array(op, "inv_freq", inv_freq, inv_freq.shape, np.dtype(np.float32))
-    for name, array in (("cos_out", cos_out), ("sin_out", sin_out)):
-        check_array(op, name, array, (n_tokens, half), np.dtype(np.float32))
     scalings = attention_scaling if getattr(attention_scaling, "ndim", 0) else None
-    _check_requests(op, n_tokens, inv_freq, scalings, request_of_token)
-    if np.dtype(dtype).name not in DTYPE_DEFINES:
-        raise ConfigError(f"{op}: dtype is {np.dtype(dtype)}; it needs to be one of {', '.join(DTYPE_DEFINES)}")
-    if n_tokens == 0 or half == 0:
-        return
-    launch(
-        "rotary_table.cu", "rotary_table", -(-n_tokens // _TABLE_BLOCK[1]), _TABLE_BLOCK,
-        [positions, inv_freq, request_of_token, scalings, cos_out, sin_out, np.int32(n_tokens), np.int32(half),
-         np.int32(half if inv_freq.ndim == 2 else 0), np.float32(1.0 if scalings is not None else attention_scaling)],
-        defines=(f"DTYPE={DTYPE_DEFINES[np.dtype(dtype).name]}",), pdl=pdl,
-    )
+    plan = _table_plan(layout(positions), layout(inv_freq), optional_layout(scalings), np.dtype(dtype),
+                       optional_layout(request_of_token), layout(cos_out), layout(sin_out))
+    if plan is not None:
+        launch("rotary_table.cu", "rotary_table", plan.grid, plan.block,
+               [positions, inv_freq, request_of_token, scalings, cos_out, sin_out, *plan.numbers,
+                np.float32(1.0 if scalings is not None else attention_scaling)], defines=plan.defines, pdl=pdl)
 
 
 def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_out: Any, interleaved: bool = False,
@@ -74,6 +62,46 @@ def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_o
     Where R/2, or R when `interleaved`, is a multiple of 16 bytes, too, memory is accessed 16 bytes at a time; otherwise
     element by element.
     """
+    plan = _kv_write_plan(layout(qkv), layout(cos), layout(sin), layout(slots), layout(pages), layout(q_out),
+                          interleaved)
+    if plan is not None:
+        launch("rotary.cu", "rotary_kv_write", plan.grid, plan.block,
+               [qkv, cos, sin, slots, q_out, pages, *plan.numbers], defines=plan.defines, pdl=pdl)
+
+
+def narrow_heads(x: Any, *, out: Any, pdl: bool = False) -> None:
+    """out = the first channels of each head. x: [T, H, W]; out: [T, H, D], D at most W, both multiples of 16 bytes.
+
+    Contiguous, of one dtype (bfloat16, float16 or float32). ConfigError otherwise.
+    """
+    plan = _narrow_plan(layout(x), layout(out))
+    launch("rotary.cu", "narrow_heads", plan.grid, plan.block, [x, out, *plan.numbers], defines=plan.defines, pdl=pdl)
+
+
+@remembered
+def _table_plan(positions: Layout, inv_freq: Layout, scalings: Layout | None, dtype: np.dtype,
+                request_of_token: Layout | None, cos_out: Layout, sin_out: Layout) -> LaunchPlan | None:
+    op = "rotary_table"
+    check_axes(op, "positions", positions, "T")
+    if inv_freq.ndim not in (1, 2):
+        raise ConfigError(f"{op}: inv_freq has shape {inv_freq.shape}; it needs [R/2] or [B, R/2]")
+    n_tokens, half = positions.shape[0], inv_freq.shape[-1]
+    check_array(op, "positions", positions, (n_tokens,), np.dtype(np.int64))
+    check_array(op, "inv_freq", inv_freq, inv_freq.shape, np.dtype(np.float32))
+    for name, array in (("cos_out", cos_out), ("sin_out", sin_out)):
+        check_array(op, name, array, (n_tokens, half), np.dtype(np.float32))
+    _check_requests(op, n_tokens, inv_freq, scalings, request_of_token)
+    if dtype.name not in DTYPE_DEFINES:
+        raise ConfigError(f"{op}: dtype is {dtype}; it needs to be one of {', '.join(DTYPE_DEFINES)}")
+    if n_tokens == 0 or half == 0:
+        return None
+    return LaunchPlan(-(-n_tokens // _TABLE_BLOCK[1]), _TABLE_BLOCK, (f"DTYPE={DTYPE_DEFINES[dtype.name]}",),
+                      (np.int32(n_tokens), np.int32(half), np.int32(half if inv_freq.ndim == 2 else 0)))
+
+
+@remembered
+def _kv_write_plan(qkv: Layout, cos: Layout, sin: Layout, slots: Layout, pages: Layout, q_out: Layout,
+                   interleaved: bool) -> LaunchPlan | None:
     op = "rotary_kv_write"
     n_tokens, q_heads, head_dim = _check_projection(op, qkv, pages, q_out)
     kv_heads, page_size, out_dim = pages.shape[2:5]
@@ -92,20 +120,14 @@ def rotary_kv_write(qkv: Any, cos: Any, sin: Any, slots: Any, pages: Any, *, q_o
     if n_tokens > MAX_ROWS or blocks > _MAX_GRID_Y:
         raise ConfigError(f"{op}: {n_tokens} tokens of {heads} heads are too many for one launch")
     if n_tokens == 0:
-        return
-    launch(
-        "rotary.cu", "rotary_kv_write", (n_tokens, blocks), (threads, heads_per_block),
-        [qkv, cos, sin, slots, q_out, pages, np.int32(q_heads), np.int32(kv_heads), np.int32(head_dim),
-         np.int32(out_dim), np.int32(2 * half), np.int32(page_size), np.int32(interleaved)],
-        defines=(f"DTYPE={DTYPE_DEFINES[qkv.dtype.name]}", f"PAIRS={pairs}"), pdl=pdl,
-    )
+        return None
+    numbers = q_heads, kv_heads, head_dim, out_dim, 2 * half, page_size, interleaved
+    return LaunchPlan((n_tokens, blocks), (threads, heads_per_block),
+                      (f"DTYPE={DTYPE_DEFINES[qkv.dtype.name]}", f"PAIRS={pairs}"), tuple(map(np.int32, numbers)))
 
 
-def narrow_heads(x: Any, *, out: Any, pdl: bool = False) -> None:
-    """out = the first channels of each head. x: [T, H, W]; out: [T, H, D], D at most W, both multiples of 16 bytes.
-
-    Contiguous, of one dtype (bfloat16, float16 or float32). ConfigError otherwise.
-    """
+@remembered
+def _narrow_plan(x: Layout, out: Layout) -> LaunchPlan:
     op = "narrow_heads"
     check_dtype(op, "x", x)
     check_axes(op, "x", x, "T, H, W")
@@ -119,12 +141,13 @@ def narrow_heads(x: Any, *, out: Any, pdl: bool = False) -> None:
     rows, (threads, rows_per_block) = x.shape[0] * x.shape[1], _block("HALVES", head_dim // width)
     if rows > MAX_ROWS:
         raise ConfigError(f"{op}: x of shape {x.shape} is too large for one launch")
-    launch("rotary.cu", op, -(-rows // rows_per_block), (threads, rows_per_block),
-           [x, out, np.int32(rows), np.int32(x.shape[2]), np.int32(head_dim)],
-           defines=(f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", "PAIRS=HALVES"), pdl=pdl)
+    return LaunchPlan(-(-rows // rows_per_block), (threads, rows_per_block),
+                      (f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", "PAIRS=HALVES"),
+                      (np.int32(rows), np.int32(x.shape[2]), np.int32(head_dim)))
 
 
-def _check_requests(op: str, n_tokens: int, inv_freq: Any, scalings: Any, request_of_token: Any) -> None:
+def _check_requests(op: str, n_tokens: int, inv_freq: Layout, scalings: Layout | None,
+                    request_of_token: Layout | None) -> None:
     if scalings is not None:
         check_axes(op, "attention_scaling", scalings, "B")
         n_requests = inv_freq.shape[0] if inv_freq.ndim == 2 else scalings.shape[0]
@@ -138,7 +161,7 @@ def _check_requests(op: str, n_tokens: int, inv_freq: Any, scalings: Any, reques
         raise ConfigError(f"{op}: {n_tokens} tokens; at most {MAX_ROWS} are possible")
 
 
-def _check_projection(op: str, qkv: Any, pages: Any, q_out: Any) -> tuple[int, int, int]:
+def _check_projection(op: str, qkv: Layout, pages: Layout, q_out: Layout) -> tuple[int, int, int]:
     """T, Hq and D; ConfigError if qkv, pages and q_out do not fit to each other."""
     check_dtype(op, "qkv", qkv)
     check_axes(op, "qkv", qkv, "T, (Hq + 2 * Hkv) * D")

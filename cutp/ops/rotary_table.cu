@@ -15,8 +15,8 @@ extern "C" __global__ void __launch_bounds__(256)
 rotary_table(const i64* positions, const float* inv_freq, const i64* request_of_token, const float* scalings,
              float* cos_out, float* sin_out, int n_tokens, int n_frequencies, int frequency_stride, float scaling) {
     const i64 t = static_cast<i64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     if (t >= n_tokens) return;
     const i64 position = load_activation_element(positions + t);
     const i64 request = request_of_token ? load_activation_element(request_of_token + t) : 0;

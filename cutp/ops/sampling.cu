@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(block_threads)
 row_argmax(const float* logits, const float* temperature, u64* parts, u32* tickets, u64* pairs, int columns,
            i64 vocab_start) {
     __shared__ u64 scratch[warps];
+    pdl_launch_dependents();
     pdl_wait();
     const int row = blockIdx.y;
     u64 best = no_pair;
@@ -68,7 +69,6 @@ row_argmax(const float* logits, const float* temperature, u64* parts, u32* ticke
                 if (inside(column + j, columns))
                     best = max(best, pack_pair(x[j], static_cast<u32>(vocab_start + column + j)));
         });
-    pdl_launch_dependents();
     finish_row_max(best, row_of(parts, row, gridDim.x), tickets + row, pairs + row, scratch);
 }
 
@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(block_threads)
 combine_argmax(const u64* pairs, int n_ranks, int batch, const float* temperature, const int* top_k,
                const float* top_p, const float* min_score, float* row_max, i64* tokens, int* status, Search* search,
                float* least, u64* histogram) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int row = blockIdx.x;
     u64 best = no_pair;
     for (int rank = 0; rank < n_ranks; rank++)
@@ -287,8 +287,8 @@ find_digits(const u64* histograms, const u64* first, int n_ranks, int batch, int
             const float* top_p, const float* min_score, Search* search, float* least, u64* next, int next_bins) {
     __shared__ u64 scratch[digit_warps];
     __shared__ Digit results[2];
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int row = blockIdx.x;
     Search s = load_search(search + row);
     if (s.measure == done || s.level != level) return;
@@ -370,6 +370,7 @@ extern "C" __global__ void __launch_bounds__(block_threads)
 draw(const float* logits, const float* temperature, const float* row_max, const float* least, const u64* seed,
      const i64* sample_index, const i64* position, u64* parts, u32* tickets, u64* pairs, int columns, i64 vocab_start) {
     __shared__ u64 scratch[warps];
+    pdl_launch_dependents();
     pdl_wait();
     const int row = blockIdx.y;
     const float m = load_activation_element(row_max + row), t = load_activation_element(temperature + row);
@@ -399,7 +400,6 @@ draw(const float* logits, const float* temperature, const float* row_max, const 
                 if (z[j] >= cut) best = max(best, pack_pair(__fadd_rn(z[j], gumbel(words[j])), id + j));
         });
     }
-    pdl_launch_dependents();
     finish_row_max(best, row_of(parts, row, gridDim.x), tickets + row, pairs + row, scratch);
 }
 
@@ -407,8 +407,8 @@ draw(const float* logits, const float* temperature, const float* row_max, const 
 // the token they have.
 extern "C" __global__ void __launch_bounds__(block_threads)
 combine_draw(const u64* pairs, int n_ranks, int batch, const float* temperature, i64* tokens) {
-    pdl_wait();
     pdl_launch_dependents();
+    pdl_wait();
     const int row = blockIdx.x * block_threads + threadIdx.x;
     if (row >= batch || !(load_activation_element(temperature + row) > 0.0f)) return;
     u64 best = no_pair;

@@ -8,14 +8,15 @@ a graph. Rows whose temperature is negative are not in use: nothing of them is r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import check_array, check_axes
+from cutp.ops.launch_arguments import LaunchPlan, check_array, check_axes
 from cutp.ops.sampling import SamplingRows
 from cutp.ops.vocab_rows_launch import THREADS, WARP, Gather, blocks_per_row, check_gathered, check_logits
 
@@ -48,6 +49,11 @@ class SamplingArrays:
 
     def __len__(self) -> int:
         return self.temperature.shape[0]
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of the arrays, in the order of the fields."""
+        return tuple(map(layout, vars(self).values()))
 
 
 def passes_needed(rows: SamplingRows) -> int:
@@ -128,12 +134,10 @@ def greedy(logits: Any, vocab_start: int, rows: SamplingArrays, buffers: Samplin
 def row_argmax(logits: Any, vocab_start: int, temperature: Any, *, parts: Any, tickets: Any, pairs: Any,
                pdl: bool = False) -> None:
     """pairs, uint64 [B] = (greatest logit, its lowest id) as from `sampling_keys.pack_pairs`, NAN_PAIR, or NO_PAIR."""
-    op = "row_argmax"
-    batch, columns = check_logits(op, logits, vocab_start)
-    check_array(op, "temperature", temperature, (batch,), np.float32)
-    blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    launch("sampling.cu", op, (blocks, batch), THREADS,
-            [logits, temperature, parts, tickets, pairs, np.int32(columns), np.int64(vocab_start)], pdl=pdl)
+    plan = _argmax_plan(layout(logits), vocab_start, layout(temperature), layout(parts), layout(tickets),
+                        layout(pairs))
+    launch("sampling.cu", "row_argmax", plan.grid, plan.block,
+           [logits, temperature, parts, tickets, pairs, *plan.numbers], pdl=pdl)
 
 
 def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: Any, status: Any, search: Any = None,
@@ -142,6 +146,71 @@ def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: An
 
     With search, least and histogram (this rank's of the first digit), it also begins the search of the thresholds.
     """
+    plan = _combine_argmax_plan(layout(pairs), rows.layouts, layout(row_max), layout(tokens), layout(status),
+                                optional_layout(search), optional_layout(least), optional_layout(histogram))
+    launch("sampling.cu", "combine_argmax", plan.grid, plan.block,
+           [pairs, *plan.numbers, rows.temperature, rows.top_k, rows.top_p, rows.min_score, row_max, tokens, status,
+            search, least, histogram], pdl=pdl)
+
+
+def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level: int, *, histogram: Any,
+                 pdl: bool = False) -> None:
+    """Add this rank's tokens by digit `level` to histogram, uint64 [B, (count, mass), bins], for rows that search it.
+
+    The step before has cleared these rows; others stay as they are.
+    """
+    plan = _count_plan(layout(logits), layout(temperature), layout(row_max), layout(search), level, layout(histogram))
+    launch("sampling.cu", "count_digits", plan.grid, plan.block,
+           [logits, temperature, row_max, search, histogram, *plan.numbers], pdl=pdl)
+
+
+def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *, search: Any, least: Any,
+                following: Any, pdl: bool = False) -> None:
+    """Find digit `level` in the histograms of all ranks, uint64 [n_ranks, B, 2, bins]; clear those of the next pass.
+
+    first: the histograms of the first pass. following: this rank's own of the next pass, None in the last one.
+    The last digit of a row sets least[row].
+    """
+    plan = _find_plan(layout(histograms), layout(first), level, rows.layouts, layout(search), layout(least),
+                      optional_layout(following))
+    n_ranks, batch, level_number, following_bins = plan.numbers
+    launch("sampling.cu", "find_digits", plan.grid, plan.block,
+           [histograms, first, n_ranks, batch, level_number, rows.top_k, rows.top_p, rows.min_score, search, least,
+            following, following_bins], pdl=pdl)
+
+
+def draw(logits: Any, vocab_start: int, rows: SamplingArrays, row_max: Any, least: Any, *, parts: Any, tickets: Any,
+         pairs: Any, pdl: bool = False) -> None:
+    """pairs, uint64 [B] = (greatest score + noise, its id) of this rank's survivors; NO_PAIR where there are none."""
+    plan = _draw_plan(layout(logits), vocab_start, rows.layouts, layout(row_max), layout(least), layout(parts),
+                      layout(tickets), layout(pairs))
+    launch("sampling.cu", "draw", plan.grid, plan.block,
+           [logits, rows.temperature, row_max, least, rows.seed, rows.sample_index, rows.position, parts, tickets,
+            pairs, *plan.numbers], pdl=pdl)
+
+
+def combine_draw(pairs: Any, temperature: Any, *, tokens: Any, pdl: bool = False) -> None:
+    """tokens, int64 [B], of rows with a temperature above 0, from all ranks' pairs, uint64 [n_ranks, B]."""
+    plan = _combine_draw_plan(layout(pairs), layout(temperature), layout(tokens))
+    launch("sampling.cu", "combine_draw", plan.grid, plan.block, [pairs, *plan.numbers, temperature, tokens], pdl=pdl)
+
+
+# Checks, and what follows from the layouts
+
+
+@remembered
+def _argmax_plan(logits: Layout, vocab_start: int, temperature: Layout, parts: Layout, tickets: Layout,
+                 pairs: Layout) -> LaunchPlan:
+    op = "row_argmax"
+    batch, columns = check_logits(op, logits, vocab_start)
+    check_array(op, "temperature", temperature, (batch,), np.float32)
+    blocks = _check_row_max(op, batch, parts, tickets, pairs)
+    return LaunchPlan((blocks, batch), THREADS, numbers=(np.int32(columns), np.int64(vocab_start)))
+
+
+@remembered
+def _combine_argmax_plan(pairs: Layout, rows: tuple[Layout, ...], row_max: Layout, tokens: Layout, status: Layout,
+                         search: Layout | None, least: Layout | None, histogram: Layout | None) -> LaunchPlan:
     op = "combine_argmax"
     n_ranks, batch = check_gathered(op, "pairs", pairs, "n_ranks, B")
     _check_rows(op, rows, batch)
@@ -155,17 +224,12 @@ def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: An
         check_array(op, "search", search, (batch, SEARCH_WORDS), np.uint64)
         check_array(op, "least", least, (batch,), np.float32)
         check_array(op, "histogram", histogram, (batch, 2, BINS[0]), np.uint64)
-    launch("sampling.cu", op, batch, THREADS if all(given) else WARP,
-            [pairs, np.int32(n_ranks), np.int32(batch), rows.temperature, rows.top_k, rows.top_p, rows.min_score,
-             row_max, tokens, status, search, least, histogram], pdl=pdl)
+    return LaunchPlan(batch, THREADS if all(given) else WARP, numbers=(np.int32(n_ranks), np.int32(batch)))
 
 
-def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level: int, *, histogram: Any,
-                 pdl: bool = False) -> None:
-    """Add this rank's tokens by digit `level` to histogram, uint64 [B, (count, mass), bins], for rows that search it.
-
-    The step before has cleared these rows; others stay as they are.
-    """
+@remembered
+def _count_plan(logits: Layout, temperature: Layout, row_max: Layout, search: Layout, level: int,
+                histogram: Layout) -> LaunchPlan:
     op = "count_digits"
     batch, columns = check_logits(op, logits, 0)
     for name, array in (("temperature", temperature), ("row_max", row_max)):
@@ -173,17 +237,12 @@ def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level
     _check_level(op, level)
     check_array(op, "search", search, (batch, SEARCH_WORDS), np.uint64)
     check_array(op, "histogram", histogram, (batch, 2, BINS[level]), np.uint64)
-    launch("sampling.cu", op, (blocks_per_row(batch, columns), batch), THREADS,
-            [logits, temperature, row_max, search, histogram, np.int32(columns), np.int32(level)], pdl=pdl)
+    return LaunchPlan((blocks_per_row(batch, columns), batch), THREADS, numbers=(np.int32(columns), np.int32(level)))
 
 
-def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *, search: Any, least: Any,
-                following: Any, pdl: bool = False) -> None:
-    """Find digit `level` in the histograms of all ranks, uint64 [n_ranks, B, 2, bins]; clear those of the next pass.
-
-    first: the histograms of the first pass. following: this rank's own of the next pass, None in the last one.
-    The last digit of a row sets least[row].
-    """
+@remembered
+def _find_plan(histograms: Layout, first: Layout, level: int, rows: tuple[Layout, ...], search: Layout, least: Layout,
+               following: Layout | None) -> LaunchPlan:
     op = "find_digits"
     n_ranks, batch = check_gathered(op, "histograms", histograms, "n_ranks, B, 2, bins")
     _check_level(op, level)
@@ -196,46 +255,37 @@ def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *
     if following is not None:
         following_bins = BINS[1] if level != 1 else BINS[2]
         check_array(op, "following", following, (batch, 2, following_bins), np.uint64)
-    launch("sampling.cu", op, batch, _DIGIT_THREADS,
-            [histograms, first, np.int32(n_ranks), np.int32(batch), np.int32(level), rows.top_k, rows.top_p,
-             rows.min_score, search, least, following, np.int32(following_bins)], pdl=pdl)
+    return LaunchPlan(batch, _DIGIT_THREADS, numbers=tuple(map(np.int32, (n_ranks, batch, level, following_bins))))
 
 
-def draw(logits: Any, vocab_start: int, rows: SamplingArrays, row_max: Any, least: Any, *, parts: Any, tickets: Any,
-         pairs: Any, pdl: bool = False) -> None:
-    """pairs, uint64 [B] = (greatest score + noise, its id) of this rank's survivors; NO_PAIR where there are none."""
+@remembered
+def _draw_plan(logits: Layout, vocab_start: int, rows: tuple[Layout, ...], row_max: Layout, least: Layout,
+               parts: Layout, tickets: Layout, pairs: Layout) -> LaunchPlan:
     op = "draw"
     batch, columns = check_logits(op, logits, vocab_start)
     _check_rows(op, rows, batch)
     for name, array in (("row_max", row_max), ("least", least)):
         check_array(op, name, array, (batch,), np.float32)
     blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    launch("sampling.cu", op, (blocks, batch), THREADS,
-            [logits, rows.temperature, row_max, least, rows.seed, rows.sample_index, rows.position, parts, tickets,
-             pairs, np.int32(columns), np.int64(vocab_start)], pdl=pdl)
+    return LaunchPlan((blocks, batch), THREADS, numbers=(np.int32(columns), np.int64(vocab_start)))
 
 
-def combine_draw(pairs: Any, temperature: Any, *, tokens: Any, pdl: bool = False) -> None:
-    """tokens, int64 [B], of rows with a temperature above 0, from all ranks' pairs, uint64 [n_ranks, B]."""
+@remembered
+def _combine_draw_plan(pairs: Layout, temperature: Layout, tokens: Layout) -> LaunchPlan:
     op = "combine_draw"
     n_ranks, batch = check_gathered(op, "pairs", pairs, "n_ranks, B")
     check_array(op, "temperature", temperature, (batch,), np.float32)
     check_array(op, "tokens", tokens, (batch,), np.int64)
-    launch("sampling.cu", op, -(-batch // THREADS), THREADS,
-            [pairs, np.int32(n_ranks), np.int32(batch), temperature, tokens], pdl=pdl)
+    return LaunchPlan(-(-batch // THREADS), THREADS, numbers=(np.int32(n_ranks), np.int32(batch)))
 
 
-# Checks
+def _check_rows(op: str, rows: tuple[Layout, ...], batch: int) -> None:
+    dtypes = np.float32, np.int32, np.float32, np.float32, np.uint64, np.int64, np.int64
+    for field, array, dtype in zip(fields(SamplingArrays), rows, dtypes, strict=True):
+        check_array(op, f"rows.{field.name}", array, (batch,), dtype)
 
 
-def _check_rows(op: str, rows: SamplingArrays, batch: int) -> None:
-    for name, dtype in (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32),
-                        ("min_score", np.float32), ("seed", np.uint64), ("sample_index", np.int64),
-                        ("position", np.int64)):
-        check_array(op, f"rows.{name}", getattr(rows, name), (batch,), dtype)
-
-
-def _check_row_max(op: str, batch: int, parts: Any, tickets: Any, pairs: Any) -> int:
+def _check_row_max(op: str, batch: int, parts: Layout, tickets: Layout, pairs: Layout) -> int:
     """How many blocks share a row: as many as there are parts."""
     check_axes(op, "parts", parts, "B, blocks of a row")
     blocks = parts.shape[1]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import DTYPE_DEFINES
 
@@ -38,14 +39,14 @@ def skinny_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = 
 
     A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows.
     """
-    m, n, k = _check(x, weight, bias, out)
+    m, n, k, x_stride, out_stride = _check(layout(x), layout(weight), optional_layout(bias), layout(out))
     if m == 0 or n == 0:
         return
     chosen = plan(n, k, m, x.dtype)
     launch(
         "skinny_gemm.cu", "skinny_gemm", chosen.grid, chosen.block,
-        [x, weight, bias, out, np.int32(m), np.int32(n), np.int32(k), np.int32(_row_stride(x)),
-         np.int64(_row_stride(out)), np.int32(out.dtype.name == "float32")],
+        [x, weight, bias, out, np.int32(m), np.int32(n), np.int32(k), np.int32(x_stride), np.int64(out_stride),
+         np.int32(out.dtype == np.float32)],
         shared_bytes=chosen.shared_bytes, defines=chosen.defines, pdl=pdl,
     )
 
@@ -93,8 +94,10 @@ def _tile(n: int, m: int) -> tuple[int, int, int]:
             (8, False): (8, 16, 2), (8, True): (8, 32, 4)}[tiles, wide]
 
 
-def _check(x: Any, weight: Any, bias: Any, out: Any) -> tuple[int, int, int]:
-    """M, N and K; ConfigError, naming the argument, if an array does not fit."""
+@remembered
+def _check(x: Layout, weight: Layout, bias: Layout | None, out: Layout) -> tuple[int, int, int, int, int]:
+    """M, N, K, and the elements from one row of x, and of out, to the next; ConfigError, naming the argument, if an
+    array does not fit."""
     if x.dtype.name not in DTYPE_DEFINES:
         raise ConfigError(f"skinny_gemm: x has dtype {x.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
     for name, array in (("x", x), ("weight", weight)):
@@ -108,7 +111,7 @@ def _check(x: Any, weight: Any, bias: Any, out: Any) -> tuple[int, int, int]:
         if array.dtype != x.dtype and not (name == "out" and array.dtype.name == "float32"):
             raise ConfigError(f"skinny_gemm: {name} has dtype {array.dtype}, but x has {x.dtype}")
     for name, array in (("weight", weight), *([] if bias is None else [("bias", bias)])):
-        if not array.flags.c_contiguous:
+        if not array.is_contiguous:
             raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} and strides {array.strides} "
                               "is not contiguous")
     if m > MAX_M:
@@ -119,10 +122,10 @@ def _check(x: Any, weight: Any, bias: Any, out: Any) -> tuple[int, int, int]:
                           f"{width}, at least {width} and at most {_MAX_STRIDE}")
     _check_rows("x", x, 16)
     _check_rows("out", out, out.dtype.itemsize)
-    return m, n, k
+    return m, n, k, _row_stride(x), _row_stride(out)
 
 
-def _check_rows(name: str, array: Any, alignment: int) -> None:
+def _check_rows(name: str, array: Layout, alignment: int) -> None:
     """ConfigError unless each row is contiguous and the rows are apart, in order, by multiples of `alignment` bytes."""
     if array.size == 0:
         return
@@ -138,6 +141,6 @@ def _check_rows(name: str, array: Any, alignment: int) -> None:
                           f"at most {_MAX_STRIDE} elements")
 
 
-def _row_stride(array: Any) -> int:
+def _row_stride(array: Layout) -> int:
     """From one row to the next, in elements."""
     return array.strides[0] // array.dtype.itemsize if array.shape[0] > 1 else array.shape[1]

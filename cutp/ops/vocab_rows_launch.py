@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cutp.array.layout import Layout
 from cutp.errors import ConfigError
 from cutp.ops.launch_arguments import check_array, check_axes
 
@@ -28,7 +29,7 @@ def blocks_per_row(batch: int, columns: int) -> int:
     return max(1, min(_BLOCKS // max(1, batch), useful))
 
 
-def check_logits(op: str, logits: Any, vocab_start: int) -> tuple[int, int]:
+def check_logits(op: str, logits: Layout, vocab_start: int) -> tuple[int, int]:
     check_axes(op, "logits", logits, "B, V_local")
     batch, columns = logits.shape
     check_array(op, "logits", logits, (batch, columns), np.float32)
@@ -44,7 +45,7 @@ def check_vocab_start(op: str, vocab_start: int, columns: int) -> None:
         raise ConfigError(f"{op}: vocab_start is {vocab_start}; token ids are from 0 to {TOKEN_IDS - 1}")
 
 
-def check_gathered(op: str, name: str, array: Any, axes: str) -> tuple[int, int]:
+def check_gathered(op: str, name: str, array: Layout, axes: str) -> tuple[int, int]:
     check_axes(op, name, array, axes)
     n_ranks, batch = array.shape[:2]
     check_array(op, name, array, array.shape, np.uint64)

@@ -1,10 +1,12 @@
-"""The check that every kernel compiles in every variant it declares, without spilling registers.
+"""The check that every kernel compiles in every variant it declares, without spilling registers, and that the
+assembler warns of no loss of speed.
 
 The budget file allows spills: {"rms_norm.cu/rms_norm/DTYPE=BF16 HEAD_DIM=64/sm_80": 16}, the bytes of spill stores
 and loads together. What it does not name may not spill.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from cutp.array.kernel_source import OPS_DIRECTORY, KernelSource
 from cutp.array.precompile import usable_cores
 from cutp.errors import KernelCompileError
 
+# wgmma instructions that wait for each other, a register budget that is ignored; a wait for results of wgmma where the
+# kernel has none.
+_LOSS = re.compile(r"Potential Performance Loss|warpgroup\.wait is injected")
 BUDGET_FILE = OPS_DIRECTORY / "spill_budget.json"
 
 
@@ -23,6 +28,7 @@ BUDGET_FILE = OPS_DIRECTORY / "spill_budget.json"
 class Outcome:
     errors: list[str] = field(default_factory=list)
     usage: dict[str, ResourceUsage] = field(default_factory=dict)
+    losses: list[str] = field(default_factory=list)  # of speed, as the assembler says
 
     def over_budget(self, budget: dict[str, int]) -> list[str]:
         return [
@@ -43,7 +49,7 @@ def compile_all(sources: Iterable[KernelSource], cache: KernelCache) -> Outcome:
     def compile_one(job):
         source, arch, defines = job
         try:
-            return cache.get(source.text, source.name, arch, defines, source.headers).resources
+            return cache.get(source.text, source.name, arch, defines, source.headers)
         except KernelCompileError as error:
             return error
 
@@ -51,10 +57,12 @@ def compile_all(sources: Iterable[KernelSource], cache: KernelCache) -> Outcome:
         for (source, arch, defines), result in zip(jobs, pool.map(compile_one, jobs), strict=True):
             if isinstance(result, KernelCompileError):
                 outcome.errors.append(str(result))
-            elif not result:
+            elif not result.resources:
                 outcome.errors.append(f"{source.name} has no kernel for {arch} with {' '.join(defines)}")
             else:
-                for name, usage in result.items():
+                outcome.losses += [f"{source.name}/{' '.join(defines)}/{arch}: {line.strip()}"
+                                   for line in result.log.splitlines() if _LOSS.search(line)]
+                for name, usage in result.resources.items():
                     outcome.usage[f"{source.name}/{name}/{' '.join(defines)}/{arch}"] = usage
     return outcome
 

@@ -26,6 +26,10 @@ def test_no_kernel_spills_more_registers_than_its_budget(outcome):
     assert not over, "\n".join(over)
 
 
+def test_the_assembler_warns_of_no_loss_of_speed(outcome):
+    assert not outcome.losses, "\n".join(outcome.losses)
+
+
 def test_the_budget_names_only_what_is_compiled(outcome):
     assert outcome.errors or outcome.unknown(read_budget()) == []
 
@@ -51,6 +55,26 @@ def test_spills_are_found_and_can_be_allowed(samples):
     assert complaint == f"{KEY}: {spills} bytes of spills, 0 allowed (32 registers)"
     assert found.over_budget({KEY: spills}) == [] and len(found.over_budget({KEY: spills - 1})) == 1
     assert found.unknown({KEY: 1, "spilling.cu/spilling//sm_90a": 1}) == ["spilling.cu/spilling//sm_90a"]
+
+
+def test_warnings_are_found(tmp_path):
+    (tmp_path / "taken_too_early.cu").write_text(f"""\
+// archs: sm_90a
+#include "{OPS_DIRECTORY / "device.cuh"}"
+#include "{OPS_DIRECTORY / "hopper.cuh"}"
+extern "C" __global__ void __launch_bounds__(128, 1) taken_too_early(float* out, u64 a, u64 b) {{
+    float d[4] = {{}};
+    wgmma_fence();
+    wgmma_shared<bf16, 8, false>(d, a, b, true);
+    wgmma_commit();
+    out[threadIdx.x] = d[0];
+    wgmma_wait<0>();
+}}
+""")
+    found = compile_all(kernel_sources(tmp_path), KernelCache(tmp_path / "cache"))
+    assert found.errors == []
+    (complaint,) = found.losses
+    assert complaint.startswith("taken_too_early.cu//sm_90a: ") and "in function 'taken_too_early'" in complaint
 
 
 def test_a_variant_that_does_not_compile_is_found(samples, tmp_path):

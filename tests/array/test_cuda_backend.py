@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -114,6 +115,15 @@ def test_a_kernel_is_loaded_once_per_gpu_and_variant(source, fake, monkeypatch):
         ("sm_90a", ("FACTOR=2",)), ("sm_90a", ("FACTOR=3",)), ("sm_80", ("FACTOR=2",))]
     assert [e for e in fake.log if e[0] == "load"] == [("load", d, b"\x7fELF") for d in (0, 0, 1)]
     assert len(fake.plain()) == 5 and fake.plain()[0][2:4] == ((1, 1, 1), (64, 1, 1))
+
+
+@needs_nvrtc
+def test_a_plain_launch_gets_what_cupy_takes(source, fake):
+    x, half = np.zeros(1, np.float32), ml_dtypes.bfloat16(1.5)
+    launch(source, "scale", 1, 64, (x, None, half, np.int32(7)), defines=["FACTOR=2"])
+    args = fake.plain()[0][4]
+    assert args[0] is x and type(args[1]) is np.uint64 and args[1] == 0 and args[3] == 7
+    assert type(args[2]) is np.ndarray and args[2].tobytes() == np.array(half).tobytes()
 
 
 @needs_nvrtc

@@ -75,6 +75,29 @@ def test_a_choice_is_made_once_for_equal_shapes(workspace):
     assert [run(1, bias=bias) for bias in biases] == [4, 4]
 
 
+def test_equal_shapes_of_other_layouts_are_other_products(workspace):
+    """Rows that are further apart, other places and other dtypes of the result are seen, whatever came before."""
+    lt = FakeCublasLt()
+    engine = LinearEngine(lt)
+    wide = random((8, 16), BF16)
+    arena = Arena(lambda n: np.zeros(n, np.uint8))
+    w, narrow, result = arena.array("w", (8, 4), BF16), arena.array("x", (8, 4), BF16), arena.array("out", (8, 8), BF16)
+    w[...], narrow[...] = random((8, 4), BF16, 1), random((8, 4), BF16, 2)
+    results = [result, np.zeros((8, 8), F32), np.zeros((8, 24), BF16)[:, 8:16]]
+    for _ in range(2):
+        for x in (narrow, wide[:, :4], wide[:, 1:5], wide[:, 8:12], np.ascontiguousarray(wide[:, :4])):
+            for out in results:
+                out[...] = 77
+                engine.linear(x, w, out, None, workspace, False, 5)
+                np.testing.assert_array_equal(out, expected(x, w, None, out.dtype))
+        with pytest.raises(ConfigError, match="x .* has no contiguous rows"):
+            engine.linear(wide[:, ::4], w, result, None, workspace, False, 5)
+        with pytest.raises(ConfigError, match="multiple of 256 bytes"):
+            engine.linear(narrow, w, result, None, workspace[16:], False, 5)
+    steps = [(c["MIN_ALIGNMENT_B_BYTES"], c["MIN_ALIGNMENT_D_BYTES"]) for c in lt.choices]
+    assert 2 in {b for b, _ in steps} and 256 in {b for b, _ in steps} and len(lt.choices) < 2 * 15
+
+
 def test_what_the_choice_is_told(workspace):
     lt = FakeCublasLt()
     engine = LinearEngine(lt)

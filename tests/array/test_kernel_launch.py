@@ -36,6 +36,27 @@ def test_the_backend_gets_everything_in_one_form():
     assert type(recorder.calls[0][3][1]) is int
 
 
+def test_what_was_settled_for_one_launch_is_not_taken_for_another():
+    same = {"grid": 4, "block": 32, "args": ()}
+    expected = [
+        ({}, (4, 1, 1), (32, 1, 1), 0, ()), ({"grid": (4, 2)}, (4, 2, 1), (32, 1, 1), 0, ()),
+        ({"block": (32, 2)}, (4, 1, 1), (32, 2, 1), 0, ()), ({"shared_bytes": 8}, (4, 1, 1), (32, 1, 1), 8, ()),
+        ({"defines": ["A"]}, (4, 1, 1), (32, 1, 1), 0, ("A",)), ({"grid": (5, 1)}, (5, 1, 1), (32, 1, 1), 0, ()),
+        ({"defines": ("B", "A")}, (4, 1, 1), (32, 1, 1), 0, ("A", "B")),
+        ({"grid": np.int64(5)}, (5, 1, 1), (32, 1, 1), 0, ()),
+    ]
+    for _ in range(2):
+        with use_backend(Recorder()) as recorder:
+            for change, *_ in expected:
+                launch("k.cu", "k", **{**same, **change})
+            for wrong in ({"grid": -4}, {"block": 0}, {"shared_bytes": -8}, {"defines": ("A", "A")}, {"args": (1,)}):
+                with pytest.raises(ConfigError):
+                    launch("k.cu", "k", **{**same, **wrong})
+            launch("k.cu", "k", (0, 4), 32, (), defines=("A", "A"))
+        assert [(c[2], c[3], c[5], c[6]) for c in recorder.calls] == [tuple(settled) for _, *settled in expected]
+        assert all(type(n) is int for c in recorder.calls for n in (*c[2], *c[3]))
+
+
 def test_an_empty_grid_launches_nothing():
     with use_backend(Recorder()) as recorder:
         launch("k.cu", "k", (4, 0), 32, ())

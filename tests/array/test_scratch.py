@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from cutp.array import scratch as scratch_module
 from cutp.array.arena import address
 from cutp.array.scratch import ALIGNMENT, Scratch, frame, on_device, scratch
-from cutp.errors import ConfigError
+from cutp.errors import CapacityError, ConfigError
 from tests.device_arrays import DeviceArray, EmulatedMemory
 
 BLOCK = 64 << 20
@@ -42,6 +43,47 @@ def test_equal_calls_get_equal_addresses(stack):
     assert found[1][0] == found[2]  # what the inner frame took is free again
 
 
+def test_arrays_that_are_found_again_are_those_that_fit(stack):
+    def run(*wanted):
+        with stack.frame():
+            return [stack.empty(shape, dtype) for shape, dtype in wanted]
+
+    first = run(((4, 8), np.float32), ((6,), np.int8))
+    assert all(a is b for a, b in zip(first, run(((4, 8), np.float32), ((6,), np.int8)), strict=True))
+    for wanted in (((4, 8), np.int32), ((8, 4), np.float32), ((32,), np.float32), ([4, 8], np.dtype(np.float32)),
+                   (np.int64(32), "float32"), ((4, np.int32(8)), np.float32)):
+        (array,) = run(wanted)
+        assert array.shape == (tuple(wanted[0]) if not isinstance(wanted[0], np.int64) else (32,))
+        assert array.dtype == wanted[1] and address(array) == address(first[0])
+    # Behind something else the same array is another one.
+    _, second = run(((1000,), np.uint8), ((4, 8), np.float32))
+    assert address(second) == address(first[0]) + 1024
+    # A block that is full, and an array that begins the next one, are found again, too.
+    big = [run(((BLOCK - 512,), np.uint8), ((1024,), np.uint8), ((64,), np.uint8)) for _ in range(2)]
+    assert all(a is b for a, b in zip(*big, strict=True)) and address(big[0][2]) == address(big[0][1]) + 1024
+
+
+def test_no_more_than_some_arrays_are_remembered(stack, monkeypatch):
+    monkeypatch.setattr(scratch_module, "_MAX_TAKEN", 10)
+    for n in range(1, 40):
+        with stack.frame():
+            assert stack.empty((n,), np.uint8).shape == (n,)
+            assert len(stack._taken) <= 10
+    with stack.frame():
+        assert address(stack.empty((1,), np.uint8)) == address(stack._blocks[0])
+
+
+def test_memory_that_cannot_be_had_changes_nothing():
+    memory = EmulatedMemory()
+    stack = Scratch(memory)
+    before = address(stack.empty(10, np.uint8))
+    memory.size = memory.used
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            stack.empty(2 * BLOCK, np.uint8)
+    assert address(stack.empty(10, np.uint8)) == before + ALIGNMENT
+
+
 def test_a_frame_gives_back_after_an_error(stack):
     with pytest.raises(ZeroDivisionError), stack.frame():
         before = address(stack.empty(5, np.uint8))
@@ -75,7 +117,8 @@ def test_use_nests_and_ends():
             raise ValueError
         assert scratch() is outer
         with frame():
-            scratch().empty(4, np.uint8)
+            inside = address(scratch().empty(4, np.uint8))
+        assert address(scratch().empty(4, np.uint8)) == inside == first + ALIGNMENT
     with outer.use():
         assert address(scratch().empty(4, np.uint8)) == first
     with pytest.raises(ConfigError), frame():  # a frame of nothing is nothing

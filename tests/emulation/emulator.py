@@ -33,12 +33,13 @@ import pytest
 
 from cutp.array.compile import canonical_defines
 from cutp.array.kernel_source import OPS_DIRECTORY, read_source
+from cutp.array.tensor_map import TensorMap, byte_strides
 
 HERE = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
 # No contraction: a fused multiply-add is one more way in which two right results may differ in the last bit.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-         "-ftls-model=initial-exec", "-DCUTP_EMULATION"]
+         "-ftls-model=initial-exec", "-Wno-psabi", "-DCUTP_EMULATION"]
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 * 1024
 
@@ -89,8 +90,7 @@ def _compile(text: str, label: str, options: Sequence[str], libraries: Sequence[
 
 @cache
 def _runtime() -> ctypes.CDLL:
-    source = HERE / "runtime.cpp"
-    library = ctypes.CDLL(str(_runtime_path(source)))
+    library = ctypes.CDLL(str(_runtime_path()))
     library.emulation_buffer_new.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.POINTER(_Buffer)]
     for name in ("free", "read_only", "damaged"):
         getattr(library, f"emulation_buffer_{name}").argtypes = [ctypes.POINTER(_Buffer)]
@@ -99,8 +99,10 @@ def _runtime() -> ctypes.CDLL:
 
 
 @cache
-def _runtime_path(source: Path) -> Path:
-    return _compile(source.read_text(), "runtime", ["-O3"], ["-lrt"], [HERE / "runtime.h"])
+def _runtime_path() -> Path:
+    parts = [HERE / f"{name}.cpp" for name in ("runtime", "runtime_hopper", "runtime_wgmma")]
+    text = "".join(f'#include "{part}"\n' for part in parts)
+    return _compile(text, "runtime", ["-O3"], ["-lrt"], [*parts, *HERE.glob("*.h")])
 
 
 @dataclass
@@ -125,9 +127,9 @@ def _load_module(source: Path, defines: tuple[str, ...]) -> _Module:
         raise EmulationError(f"{source.name} has no 'extern \"C\" __global__ void name(...)'")
     # An unnamed namespace gives every symbol of the file internal linkage, so that equal names of two libraries stay
     # apart, and makes them visible to `nm`.
-    wrapper = "\n".join(['#include "runtime.h"', "namespace {", f'#include "{source}"', "}",
+    wrapper = "\n".join(['#include "runtime_hopper.h"', "namespace {", f'#include "{source}"', "}",
                          *(f"EMULATED_KERNEL({name})" for name in kernels), ""])
-    runtime = _runtime_path(HERE / "runtime.cpp")
+    runtime = _runtime_path()
     headers = {source, *source.parent.glob("*.cuh"), *OPS_DIRECTORY.glob("*.cuh"), *HERE.glob("*.h")}
     path = _compile(wrapper, source.stem, [f"-D{d}" for d in defines], [str(runtime)], headers)
     _runtime()
@@ -179,7 +181,8 @@ class _Parameter(ctypes.Structure):
     _fields_ = [("kind", ctypes.c_char), ("bytes", ctypes.c_uint32)]
 
     def __str__(self) -> str:
-        return {b"p": "a pointer", b"i": "an integer", b"f": "a float", b"s": "a struct"}[self.kind]
+        return {b"p": "a pointer", b"i": "an integer", b"f": "a float", b"t": "a TensorMap",
+                b"s": "a struct"}[self.kind]
 
 
 def _check_argument(where: str, parameter: _Parameter, value: object) -> None:
@@ -194,6 +197,10 @@ def _check_argument(where: str, parameter: _Parameter, value: object) -> None:
             raise EmulationError(f"{where} points to elements of {parameter.bytes} bytes, "
                                  f"but the array has dtype {value.dtype}")
         return
+    if kind == b"t":
+        if not isinstance(value, TensorMap) or not isinstance(value.array, np.ndarray):
+            raise EmulationError(f"{where} is {parameter}, but {type(value).__name__} was given")
+        return
     by_value = isinstance(value, np.generic) or (
         kind == b"s" and isinstance(value, np.ndarray) and value.size == 1 and value.dtype.type is np.void)
     if not by_value:
@@ -202,6 +209,31 @@ def _check_argument(where: str, parameter: _Parameter, value: object) -> None:
     is_float = isinstance(value, np.floating)
     if value.dtype.itemsize != parameter.bytes or (kind != b"s" and is_float != (kind == b"f")):
         raise EmulationError(f"{where} is {parameter} of {parameter.bytes} bytes, but {value.dtype} was given")
+
+
+class _TensorMapRecord(ctypes.Structure):
+    _fields_ = [("magic", ctypes.c_uint64), ("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 5),
+                ("sizes", ctypes.c_uint32 * 5), ("box", ctypes.c_uint16 * 5), ("rank", ctypes.c_uint8),
+                ("weight", ctypes.c_uint8)]
+
+
+def _tensor_map_bytes(tensor_map: TensorMap, address: int) -> bytes:
+    """What stands for the 128 bytes that hardware knows an array by, the array being at this address."""
+    array = tensor_map.array
+    strides = byte_strides(array.shape, array.strides, array.dtype, tensor_map.box)
+    record = _TensorMapRecord(0x70616D726F736E74, address, rank=array.ndim, weight=tensor_map.weight)
+    for field, values in (("strides", strides), ("sizes", array.shape), ("box", tensor_map.box)):
+        getattr(record, field)[: array.ndim] = values[::-1]
+    return bytes(record)
+
+
+def _aligned_bytes(data: bytes, alignment: int) -> tuple[ctypes.Array, int]:
+    """A buffer, and the address in it where the data lies."""
+    buffer = ctypes.create_string_buffer(len(data) + alignment)
+    address = ctypes.addressof(buffer)
+    address += -address % alignment
+    ctypes.memmove(address, data, len(data))
+    return buffer, address
 
 
 class _GuardedArrays:
@@ -307,8 +339,9 @@ class EmulatedKernel:
         """
         grid, block = _three(grid, f"{self.name}: grid"), _three(block, f"{self.name}: block")
         self._check(block, args, shared_bytes)
-        guarded = _GuardedArrays([(i, a) for i, (p, a) in enumerate(zip(self.parameters, args, strict=True))
-                                  if p.kind == b"p" and a is not None])
+        arrays = ((i, p, a.array if p.kind == b"t" else a)
+                  for i, (p, a) in enumerate(zip(self.parameters, args, strict=True)))
+        guarded = _GuardedArrays([(i, a) for i, p, a in arrays if p.kind in b"pt" and a is not None])
         try:
             message = ctypes.create_string_buffer(1024)
             launch, keep = self._launch_record(guarded, args, message)
@@ -342,10 +375,13 @@ class EmulatedKernel:
         values = []
         for parameter, value in zip(self.parameters, args, strict=True):
             if parameter.kind == b"p":
-                values.append(ctypes.c_void_p(None if value is None else guarded.address(value)))
+                data = bytes(ctypes.c_void_p(None if value is None else guarded.address(value)))
+            elif parameter.kind == b"t":
+                data = _tensor_map_bytes(value, guarded.address(value.array)).ljust(parameter.bytes, b"\0")
             else:
-                values.append(ctypes.create_string_buffer(value.tobytes(), value.dtype.itemsize))
-        addresses = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
+                data = value.tobytes()
+            values.append(_aligned_bytes(data, 64))
+        addresses = (ctypes.c_void_p * max(1, len(values)))(*(address for _, address in values))
         launch = _Launch()
         launch.call = ctypes.cast(self.module.symbol(f"call_{self.name}"), ctypes.c_void_p)
         launch.arguments = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))

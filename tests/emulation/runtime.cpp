@@ -1,6 +1,6 @@
 // The machine of runtime.h: fibers and their scheduler, collectives, guarded memory, and what turns a fault or a hang
 // into a message.
-#include "runtime.h"
+#include "machine.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -32,7 +32,6 @@ const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 constexpr size_t stack_bytes = 128 << 10;
 constexpr size_t guard_bytes = 16 << 20;  // an index that is off by a whole row should still land in it
 constexpr uint32_t max_threads = 1024;
-constexpr uint32_t static_base = 1 << 20, dynamic_base = 1 << 10;  // shared addresses
 
 // ---- contexts: a stack and the registers that a call preserves
 
@@ -177,6 +176,7 @@ struct Machine {
     // Threads that can run, as a ring; `policy` says which of them runs next.
     Fiber* ready[max_threads];
     uint32_t head, tail;
+    uint32_t yields;  // since the last call of hopper_progress
     enum { first_in, last_in, any } policy;
     Random random;
     // What unwritten memory holds: NaN for even seeds, huge numbers for odd ones (a maximum ignores NaN).
@@ -205,12 +205,16 @@ std::string text(const uint3& i) {
 std::string name(const Fiber& f) { return "thread " + text(f.index); }
 std::string name_of_block() { return "block " + text(block_index); }
 
+}  // namespace
+
 // Abandons all fibers as they are; kernels own nothing that would have to be released.
-[[noreturn]] void end_launch(const std::string& what) {
+void end_launch(const std::string& what) {
     Machine& m = *machine;
     snprintf(m.launch->message, m.launch->message_bytes, "%s", what.c_str());
     siglongjmp(m.escape, 1);
 }
+
+namespace {
 
 std::string here() { return name_of_block() + ", " + name(*machine->current) + ": "; }
 
@@ -220,6 +224,21 @@ Fiber* Machine::pop() {
     if (policy == last_in) return slot(--tail);
     if (policy == any) std::swap(slot(head), slot(head + random.below(tail - head)));
     return slot(head++);
+}
+
+// What the threads of the block do that have not finished, by how many.
+std::string activities() {
+    std::vector<std::pair<std::string, uint32_t>> counts;
+    for (uint32_t id = 0; id < machine->size; id++) {
+        const Fiber& f = machine->fibers[id];
+        const std::string what = f.finished ? "have left the kernel" : std::string("wait at ") + f.waits_at;
+        auto found = std::find_if(counts.begin(), counts.end(), [&](const auto& c) { return c.first == what; });
+        if (found == counts.end()) counts.emplace_back(what, 1);
+        else found->second++;
+    }
+    std::string text;
+    for (const auto& c : counts) text += (text.empty() ? "" : ", ") + std::to_string(c.second) + " " + c.first;
+    return text;
 }
 
 // Names a thread that keeps `r` waiting and what it does instead.
@@ -235,12 +254,20 @@ std::string missing(const Rendezvous& r) {
 
 [[noreturn]] void deadlock() {
     Machine& m = *machine;
+    const std::string why = hopper_deadlock();
+    if (!why.empty()) end_launch(why + "; of the threads of the block, " + activities());
     const Rendezvous* stuck = &m.block;
     for (const Warp& w : m.warps)
         if (w.rendezvous.arrived) stuck = &w.rendezvous;
     end_launch(name_of_block() + ", " + name(*stuck->waiting[0]) + ": waits at " + stuck->name + " with " +
                std::to_string(stuck->arrived - 1) + " others for " + std::to_string(stuck->expected - stuck->arrived) +
                " threads that never come: " + missing(*stuck));
+}
+
+// The thread to run next, once the current one cannot.
+Fiber* next_thread() {
+    if (machine->none_ready() && !hopper_progress()) deadlock();
+    return machine->pop();
 }
 
 void resume(Fiber* f) {
@@ -260,11 +287,11 @@ void fiber_main() {
     Machine& m = *machine;
     m.launch->call(m.launch->arguments);
     Fiber* self = m.current;
+    hopper_thread_ends();
     self->finished = true;
     Context* next = &m.host;
     if (--m.alive) {
-        if (m.none_ready()) deadlock();
-        Fiber* f = m.pop();
+        Fiber* f = next_thread();
         resume(f);
         next = &f->context;
     }
@@ -281,8 +308,7 @@ template <class Complete> void meet(Rendezvous& r, const char* name, Complete co
     if (++r.arrived < r.expected) {
         m.current->waits_at = name;
         r.waiting.push_back(m.current);
-        if (m.none_ready()) deadlock();
-        return run_instead(m.pop());
+        return run_instead(next_thread());
     }
     complete();
     r.arrived = 0;
@@ -352,6 +378,8 @@ void Machine::start_block() {
     for (uint32_t i : order) push(&fibers[i]);
     alive = size;
     any_waited_for_grid = false;
+    yields = 0;
+    hopper_block_begins();
 }
 
 void Machine::run_blocks() {
@@ -366,6 +394,7 @@ void Machine::run_blocks() {
         Fiber* f = pop();
         resume(f);
         Context::change(host, f->context);
+        hopper_block_ends();
         if (launch->pdl && !any_waited_for_grid)
             end_launch(name_of_block() + ": no thread called pdl_wait in a launch with pdl=True");
     }
@@ -471,6 +500,29 @@ void fail(const char* format, ...) {
 
 uint32_t lane() { return machine->current->id % 32; }
 
+uint32_t thread_number() { return machine->current->id; }
+uint32_t thread_count() { return machine->size; }
+
+void sleep_at(const char* what) {
+    machine->current->waits_at = what;
+    run_instead(next_thread());
+}
+
+void wake(uint32_t thread) { machine->push(&machine->fibers[thread]); }
+
+std::string thread_name(uint32_t thread) { return name(machine->fibers[thread]); }
+std::string place_of(uint32_t thread) { return name_of_block() + ", " + thread_name(thread) + ": "; }
+bool pdl() { return machine->launch->pdl; }
+bool has_waited_for_grid() { return machine->current->waited_for_grid; }
+bool toss() { return machine->policy == Machine::any && machine->random.below(2); }
+uint32_t one_of(uint32_t n) {
+    Machine& m = *machine;
+    return m.policy == Machine::any ? m.random.below(n) : m.policy == Machine::last_in ? n - 1 : 0;
+}
+unsigned char poison_byte() { return machine->poison; }
+char* dynamic_begin() { return machine->shared; }
+uint64_t dynamic_bytes() { return machine->launch->shared_bytes; }
+
 const Slot* gather(const char* name, const void* value, uint32_t bytes, void (*combine)(Slot*)) {
     Machine& m = *machine;
     Warp& w = m.warps[m.current->id / 32];
@@ -484,11 +536,16 @@ const Slot* gather(const char* name, const void* value, uint32_t bytes, void (*c
 }
 
 void block_barrier() {
-    meet(machine->block, "__syncthreads", [] {});
+    meet(machine->block, "__syncthreads", hopper_block_meets);
 }
 
 void yield() {
     Machine& m = *machine;
+    // Threads that look at memory again and again may wait for what happens only when nobody can run.
+    if (m.yields++ > m.alive) {
+        m.yields = 0;
+        hopper_progress();
+    }
     m.push(m.current);
     run_instead(m.slot(m.head++));  // the longest waiting one, whatever the policy: this one may wait for any
 }

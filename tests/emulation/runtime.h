@@ -89,7 +89,8 @@ uint16_t f16_of_float(float v);
 
 // ---- calling a kernel with arguments that arrive as an array of addresses
 
-struct Parameter { char kind; uint32_t bytes; };  // kind 'p' (bytes of what it points to; 0: void), 'i', 'f', 's'
+// kind 'p' (bytes of what it points to; 0: void), 'i', 'f', 't' (a TensorMap), 's' (another struct)
+struct Parameter { char kind; uint32_t bytes; };
 
 template <class T> Parameter describe_parameter() {
     if constexpr (std::is_pointer_v<T>) {
@@ -97,7 +98,8 @@ template <class T> Parameter describe_parameter() {
         if constexpr (std::is_void_v<Target>) return {'p', 0};
         else return {'p', sizeof(Target)};
     } else {
-        return {std::is_floating_point_v<T> ? 'f' : std::is_integral_v<T> ? 'i' : 's', sizeof(T)};
+        const bool is_map = sizeof(T) == 128 && alignof(T) == 64;
+        return {std::is_floating_point_v<T> ? 'f' : std::is_integral_v<T> ? 'i' : is_map ? 't' : 's', sizeof(T)};
     }
 }
 

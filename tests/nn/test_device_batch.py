@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cutp.array.kernel import backend
 from cutp.array.scratch import Scratch
 from cutp.errors import ConfigError
 from cutp.nn.device_batch import AttentionShape, DeviceBatch, RotaryTables, upload_batch
@@ -78,7 +79,19 @@ def test_rotary_tables(memory, rope, dtype):
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("options", [{}, {"window": 33}, {"softcap": 4.0, "sinks": True}])
 def test_attention(memory, name, options, dtype):
+    check_attention(memory, name, options, dtype, 2)
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+@pytest.mark.parametrize("name", ["mixed", "prompts"])
+def test_attention_on_hopper(memory, monkeypatch, name, dtype):
+    monkeypatch.setattr(backend(), "capability", (9, 0), raising=False)
+    check_attention(memory, name, {"window": 33}, dtype, 2 if dtype == float32 else 4)
+
+
+def check_attention(memory, name, options, dtype, work_list_width):
     host, device = both(memory, BATCHES[name], dtype)
+    assert device.work_list is None or device.work_list.shape[1] == work_list_width
     rng = np.random.default_rng(1)
     q = rng.standard_normal((len(host.tokens), HEADS, HEAD_DIM)).astype(dtype)
     pages = rng.standard_normal((host.lookup_table.size, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)).astype(dtype)

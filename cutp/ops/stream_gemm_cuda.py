@@ -1,0 +1,261 @@
+"""Launchers of stream_gemm.cu. The specifications are `cutp.ops.linear.linear` and
+`cutp.ops.activation.gated_activation`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from cutp.array.kernel import launch
+from cutp.array.tensor_map import ROW_ELEMENTS, TensorMap
+from cutp.errors import ConfigError
+from cutp.ops.activation import activation_name
+from cutp.ops.launch_arguments import DTYPE_DEFINES, check_axes, check_dtype
+
+MAX_M = 64
+"""The most rows of x."""
+
+# In the order of the enum in activation.cuh; others would make the kernel large.
+GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
+"""The activations that `stream_gemm_gated` knows, with their numbers."""
+
+GATED_MAX_M = 16
+"""The most rows of x of `stream_gemm_gated`: beyond, a block's sums take as long to activate as a kernel of its own."""
+
+RING_BYTES = 100 * 1024
+WIDE_RING_BYTES = 110 * 1024
+"""Shared memory of a block: two blocks and a small kernel's fit into a multiprocessor. With more than 32 columns a
+stage is large, and three of them are worth more than the small kernel."""
+
+STAGE_BYTES = 16 * 1024
+"""A stage holds as many panels as fit into this, but at least one."""
+
+_THREADS = 160
+_MULTIPROCESSORS = 132  # of the GPU that the choices are made for; others get the same bits, if not the best speed
+_PANEL_LENGTH, _ROW_BYTES = ROW_ELEMENTS, 2 * ROW_ELEMENTS
+_GROUP_ROWS = 64
+# By SPLITS of the kernel: its GROUPS, and those of GATED. The products of one group and one sum wait for each other.
+_GROUPS = {4: 1, 2: 2, 1: 4}
+_GATED_GROUPS = {4: 2, 2: 2, 1: 4}
+_MAX_PANELS = 8
+_BARRIER_BYTES = 16  # of a stage
+_MAX_SIZE = 2**30  # of N and K: the kernel counts in 32 bits
+# Bytes per nanosecond that the GPU reads from memory, from L2 in all, and into one multiprocessor.
+_MEMORY_RATE, _L2_RATE, _MULTIPROCESSOR_RATE = 4200, 5600, 90
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is launched.
+
+    grid: blocks; rows: of each part of the weight in a piece; columns: rows of x that an instruction takes; groups: of
+    64 rows of the weight in a piece; splits: sums of a result; panels: in a stage; stages: in the ring; shared_bytes:
+    dynamic shared memory.
+    """
+
+    grid: int
+    rows: int
+    columns: int
+    groups: int
+    splits: int
+    panels: int
+    stages: int
+    shared_bytes: int
+
+
+def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = False, prefetch_bytes: int = 0,
+                chosen: Plan | None = None) -> None:
+    """out = x weight^T + bias for at most MAX_M rows of x; sums in float32, rounded once. On compute capability 9.0.
+
+    x: [M, K], M may be 0; weight: [N, K], contiguous; bias: [N], contiguous, or None; all bfloat16 or float16. out:
+    [M, N] of that dtype or float32. K is a multiple of 64. The rows of x and out may be apart, x's by a multiple of 16
+    bytes; x and weight begin at multiples of 16 bytes. ConfigError otherwise.
+
+    A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows. prefetch_bytes: how
+    much of the weight, beyond what shared memory holds, is brought into L2 before x is waited for. chosen: another plan
+    than `plan`'s.
+    """
+    m, n, k = _check("stream_gemm", x, weight, bias, out, parts=1)
+    if m and n:
+        _launch(x, weight, bias, out, chosen or plan(n, k, m), pdl, prefetch_bytes, np.int32(0), np.float32(inf))
+
+
+def stream_gemm_gated(x: Any, weight: Any, name: str, bias: Any = None, *, limit: float | None = None, out: Any,
+                      pdl: bool = False, prefetch_bytes: int = 0, chosen: Plan | None = None) -> None:
+    """out = act(gate) * up, where gate and up are the two halves of x weight^T + bias, rounded to their dtype.
+
+    The same bits as `stream_gemm` followed by `cutp.ops.activation_cuda.gated_activation`. weight: [2F, K], the rows of
+    the gate first; bias: [2F] or None; out: [M, F] of x's dtype; M at most GATED_MAX_M; name: one of GATED_ACTIVATIONS;
+    the rest as in `stream_gemm`, limit as in `gated_activation`.
+    """
+    known = activation_name(name)
+    if known not in GATED_ACTIVATIONS:
+        raise ConfigError(f"stream_gemm_gated: activation {known} is not one of {', '.join(GATED_ACTIVATIONS)}")
+    m, n, k = _check("stream_gemm_gated", x, weight, bias, out, parts=2)
+    if m and n:
+        _launch(x, weight, bias, out, chosen or plan(n, k, m, gated=True), pdl, prefetch_bytes,
+                np.int32(GATED_ACTIVATIONS[known]), np.float32(inf if limit is None else limit), gated=True)
+
+
+@lru_cache(maxsize=4096)
+def plan(n: int, k: int, m: int, *, gated: bool = False) -> Plan:
+    """The launch for an y of [m, n] with 1 <= m <= MAX_M; the weight is [n, k], or [2n, k] if `gated`.
+
+    A block takes pieces of as many rows as make the longest of three times least: that of all weights from memory, that
+    of weights and x from L2, where every block reads all of x for each of its pieces, and that of what one
+    multiprocessor reads. All blocks have the same number of pieces, except where N ends. None of this changes a bit.
+    """
+    parts = 2 if gated else 1
+    groups = (_GATED_GROUPS if gated else _GROUPS)[splits_of(parts * n)]
+    return plan_of_rows(n, k, m, _best_rows(n, m, parts, groups), gated=gated)
+
+
+def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, splits: int | None = None,
+                 stage_bytes: int = STAGE_BYTES, ring_bytes: int | None = None) -> Plan:
+    """The plan with these rows in a piece (a multiple of 8, at most 256 / `splits`, half of that if `gated`).
+
+    splits: other sums than `splits_of` gives, and so other bits. stage_bytes, ring_bytes: see STAGE_BYTES, RING_BYTES;
+    a ring has at least two stages, even if they need more.
+    """
+    parts, columns = 2 if gated else 1, _columns(m)
+    splits = splits or splits_of(parts * n)
+    groups = (_GATED_GROUPS if gated else _GROUPS)[splits]
+    pieces = -(-n // rows)
+    passes = -(-pieces // _MULTIPROCESSORS)
+    panels = _panels(rows, columns, parts, k, stage_bytes)
+    stage = _stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES
+    tail = _tail_bytes(rows, columns, parts, groups, panels)
+    steps = passes * -(-k // (panels * _PANEL_LENGTH))
+    stages = max(2, min(((ring_bytes or _ring_bytes(columns)) - tail) // stage, steps))
+    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, stages * stage + tail)
+
+
+@lru_cache(maxsize=4096)
+def splits_of(weight_rows: int) -> int:
+    """SPLITS of the kernel: the more, the fewer groups a piece has, chosen for one row of x. It decides about bits and
+    therefore depends on nothing but the weight, and is the same whether an activation is part of the product."""
+    rows = _best_rows(weight_rows, 1, 1, 4)
+    return 4 if rows <= _GROUP_ROWS else 2 if rows <= 2 * _GROUP_ROWS else 1
+
+
+def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
+    """Rows of each part in a piece: a multiple of 8 of which the ring holds three stages."""
+    columns, most = _columns(m), groups // parts * _GROUP_ROWS
+    fits = [rows for rows in range(8, min(most, -(-n // 8) * 8) + 1, 8)
+            if 3 * (_stage_bytes(rows, columns, parts, 1) + _BARRIER_BYTES)
+            + _tail_bytes(rows, columns, parts, groups, 1) <= _ring_bytes(columns)]
+    return min(fits, key=lambda rows: (_time(n, m, rows, parts), -rows))
+
+
+def _columns(m: int) -> int:
+    """COLUMNS of the kernel."""
+    return next(c for c in (8, 16, 32, 64) if m <= c)
+
+
+def _time(n: int, m: int, rows: int, parts: int) -> float:
+    """What a product with this many rows in a piece takes, in nanoseconds for each byte of a row of the weight."""
+    pieces = -(-n // rows)
+    passes = -(-pieces // _MULTIPROCESSORS)
+    of_block = passes * (parts * rows + m)
+    weight, everything = parts * n, parts * n + pieces * m
+    longest = max(weight / _MEMORY_RATE, everything / _L2_RATE, of_block / _MULTIPROCESSOR_RATE)
+    # The shorter the longest block is, the more even is the end, and the more shared memory is in use at the beginning.
+    return longest + 0.25 * of_block / _MULTIPROCESSOR_RATE
+
+
+def _panels(rows: int, columns: int, parts: int, k: int, stage_bytes: int) -> int:
+    """Panels of a stage: a power of two, as the number of panels in K mostly is."""
+    panels = 1
+    while (2 * panels <= _MAX_PANELS and 2 * panels <= -(-k // _PANEL_LENGTH)
+           and _stage_bytes(rows, columns, parts, 2 * panels) <= stage_bytes):
+        panels *= 2
+    return panels
+
+
+def _stage_bytes(rows: int, columns: int, parts: int, panels: int) -> int:
+    return panels * (parts * rows + columns) * _ROW_BYTES
+
+
+def _tail_bytes(rows: int, columns: int, parts: int, groups: int, panels: int) -> int:
+    """How far the last operand of the last stage reaches beyond it."""
+    reach = (groups // parts * _GROUP_ROWS - rows) * _ROW_BYTES
+    return max(0, reach - panels * columns * _ROW_BYTES)
+
+
+def _ring_bytes(columns: int) -> int:
+    return RING_BYTES if columns <= 32 else WIDE_RING_BYTES
+
+
+def _launch(x: Any, weight: Any, bias: Any, out: Any, chosen: Plan, pdl: bool, prefetch_bytes: int, activation: Any,
+            limit: Any, gated: bool = False) -> None:
+    (m, k), n = x.shape, out.shape[1]
+    parts = 2 if gated else 1
+    step_bytes = chosen.grid * chosen.panels * parts * chosen.rows * _ROW_BYTES
+    defines = [f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"COLUMNS={chosen.columns}", f"GROUPS={chosen.groups}",
+               f"SPLITS={chosen.splits}"]
+    launch(
+        "stream_gemm.cu", "stream_gemm", chosen.grid, _THREADS,
+        [TensorMap(_in_panels(weight), (chosen.panels, chosen.rows, ROW_ELEMENTS), weight=True),
+         TensorMap(_in_panels(x), (chosen.panels, chosen.columns, ROW_ELEMENTS)),
+         bias, out, np.int32(m), np.int32(n), np.int32(k // _PANEL_LENGTH), np.int64(_row_stride(out)),
+         np.int32(out.dtype.name == "float32"), np.int32(chosen.rows), np.int32(chosen.panels), np.int32(chosen.stages),
+         np.int32(chosen.shared_bytes), np.int32(-(-prefetch_bytes // step_bytes)), activation, limit],
+        shared_bytes=chosen.shared_bytes, defines=tuple(defines + ["GATED"] if gated else defines), pdl=pdl,
+    )
+
+
+def _in_panels(array: Any) -> Any:
+    """[rows, K] seen as [K / 64, rows, 64]."""
+    rows, k = array.shape
+    return array.reshape(rows, k // _PANEL_LENGTH, _PANEL_LENGTH).transpose(1, 0, 2)
+
+
+def _check(op: str, x: Any, weight: Any, bias: Any, out: Any, parts: int) -> tuple[int, int, int]:
+    """M, N of `out` and K; ConfigError, naming the argument, if an array does not fit."""
+    check_dtype(op, "x", x, ("bfloat16", "float16"))
+    check_axes(op, "x", x, "M, K")
+    check_axes(op, "weight", weight, "N, K")
+    (m, k), rows = x.shape, weight.shape[0]
+    n = rows // parts
+    given = {"weight": (weight, (parts * n, k)), "out": (out, (m, n))}
+    given |= {} if bias is None else {"bias": (bias, (parts * n,))}
+    for name, (array, shape) in given.items():
+        if array.shape != shape:
+            raise ConfigError(f"{op}: {name} has shape {array.shape}; it needs {shape} for x of shape {x.shape}")
+        if array.dtype != x.dtype and not (name == "out" and parts == 1 and array.dtype.name == "float32"):
+            raise ConfigError(f"{op}: {name} has dtype {array.dtype}, but x has {x.dtype}")
+    for name, array in (("weight", weight), *([] if bias is None else [("bias", bias)])):
+        if not array.flags.c_contiguous:
+            raise ConfigError(f"{op}: {name} of shape {array.shape} and strides {array.strides} is not contiguous")
+    most = MAX_M if parts == 1 else GATED_MAX_M
+    if m > most:
+        raise ConfigError(f"{op}: x has {m} rows, more than {most}")
+    if k % _PANEL_LENGTH or not 0 < k <= _MAX_SIZE or rows > _MAX_SIZE:
+        raise ConfigError(f"{op}: weight has shape {weight.shape}; its rows need a multiple of {_PANEL_LENGTH} "
+                          f"elements, not 0, and neither axis more than {_MAX_SIZE}")
+    _check_rows(op, "x", x, 16)
+    _check_rows(op, "out", out, out.dtype.itemsize)
+    return m, n, k
+
+
+def _check_rows(op: str, name: str, array: Any, alignment: int) -> None:
+    """ConfigError unless each row is contiguous and the rows are apart, in order, by multiples of `alignment` bytes."""
+    if array.size == 0:
+        return
+    itemsize, columns = array.dtype.itemsize, array.shape[1]
+    if columns > 1 and array.strides[1] != itemsize:
+        raise ConfigError(f"{op}: {name} of shape {array.shape} and strides {array.strides} "
+                          "has rows that are not contiguous")
+    apart = _row_stride(array) * itemsize
+    if array.shape[0] > 1 and (array.strides[0] != apart or apart < columns * itemsize or apart % alignment):
+        raise ConfigError(f"{op}: {name} of shape {array.shape} has rows {array.strides[0]} bytes apart; they "
+                          f"must not overlap and lie a multiple of {alignment} bytes apart")
+
+
+def _row_stride(array: Any) -> int:
+    """From one row to the next, in elements."""
+    return array.strides[0] // array.dtype.itemsize if array.shape[0] > 1 else array.shape[1]

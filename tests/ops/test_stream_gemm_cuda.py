@@ -1,0 +1,359 @@
+"""stream_gemm.cu against ops/linear.py and ops/activation.py, in the emulation and on a GPU."""
+
+from itertools import product
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cutp.array.kernel import use_backend
+from cutp.array.kernel_source import read_source
+from cutp.errors import ConfigError, UnsupportedModelError
+from cutp.ops.activation_cuda import gated_activation
+from cutp.ops.linear import linear
+from cutp.ops.stream_gemm_cuda import (
+    GATED_MAX_M,
+    MAX_M,
+    RING_BYTES,
+    WIDE_RING_BYTES,
+    plan,
+    plan_of_rows,
+    splits_of,
+    stream_gemm,
+    stream_gemm_gated,
+)
+from tests.ops.kernel_results import assert_same_bits
+
+bfloat16, float16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+DTYPES = [bfloat16, float16]
+
+# N, K, M and rows of a piece: all numbers of columns, groups and splits, tails of N (in a piece, in 8 rows) and K (in
+# a stage), several pieces of a block, rings that go round.
+CASES = [(16, 64, 1, 16), (37, 1024, 5, 16), (40, 320, 8, 40), (1, 64, 1, 8), (70, 192, 9, 64), (130, 128, 16, 72),
+         (129, 64, 17, 128), (25, 512, 33, 24), (90, 256, 64, 96), (201, 64, 3, 200), (250, 64, 20, 136),
+         (257, 128, 64, 192)]
+# F, K, M, rows of a piece, splits.
+GATED_CASES = [(16, 64, 1, 16, 4), (21, 1024, 7, 24, 4), (70, 128, 12, 64, 2), (70, 192, 16, 72, 1),
+               (130, 192, 3, 128, 1)]
+# What models have, too large for the emulation: N, K, M.
+LARGE = [(6144, 4096, 8), (4096, 4096, 17), (4096, 14336, 1), (28672, 4096, 1), (28672, 4096, 64), (14336, 2048, 64),
+         (1280, 8192, 5), (768, 4096, 33), (3072, 4096, 2), (33000, 2048, 32), (4096, 512, 8),
+         (32064, 896, 16), (4096, 1792, 31), (4095, 3584, 64)]
+
+
+def case_id(value):
+    return value.name if isinstance(value, np.dtype) else "x".join(map(str, value))
+
+
+def integers(seed, *shape):
+    """Small integers: sums of their products are exact in float32, whatever the order."""
+    return np.random.default_rng(seed).integers(-8, 9, shape).astype(np.float32)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def inputs(make, dtype, n, k, m):
+    return tuple(a.astype(dtype) for a in (make(1, m, k), make(2, n, k), make(3, n)))
+
+
+def run(device, x, weight, bias=None, out_dtype=None, **options):
+    out = device.poisoned((x.shape[0], weight.shape[0]), out_dtype or x.dtype)
+    stream_gemm(device.array(x), device.array(weight), None if bias is None else device.array(bias), out=out, **options)
+    return device.numpy(out)
+
+
+def run_gated(device, x, weight, bias=None, name="silu", **options):
+    out = device.poisoned((x.shape[0], weight.shape[0] // 2), x.dtype)
+    stream_gemm_gated(device.array(x), device.array(weight), name, None if bias is None else device.array(bias),
+                      out=out, **options)
+    return device.numpy(out)
+
+
+def plan_for(n, k, m, rows, **options):
+    """`plan_of_rows` with as many splits as the rows need groups."""
+    return plan_of_rows(n, k, m, rows, **({"splits": 4 if rows <= 64 else 2 if rows <= 128 else 1} | options))
+
+
+def few_blocks(chosen, blocks):
+    """The same with fewer blocks, which have several pieces each."""
+    return chosen.__class__(**{**vars(chosen), "grid": min(blocks, chosen.grid)})
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_exact_sums(device, case):
+    n, k, m, rows = case
+    x, weight, bias = inputs(integers, bfloat16, n, k, m)
+    unrounded = x.astype(np.float32) @ weight.astype(np.float32).T
+    # Rounded or not, the reference is exact as well.
+    np.testing.assert_array_equal(run(device, x, weight, bias), linear(x, weight, bias))
+    chosen = plan_for(n, k, m, rows)
+    np.testing.assert_array_equal(run(device, x, weight, out_dtype=float32, chosen=chosen), unrounded)
+    # Two stages of one panel, and two blocks: the ring goes round within and between pieces.
+    chosen = few_blocks(plan_for(n, k, m, rows, stage_bytes=0, ring_bytes=1), 2)
+    assert chosen.stages == 2 and chosen.panels == 1
+    np.testing.assert_array_equal(run(device, x, weight, out_dtype=float32, chosen=chosen), unrounded)
+
+
+def activated(device, gate_up, name, limit):
+    """What the kernel of its own makes of gate_up, whose halves are made longer to a multiple of 16 bytes."""
+    columns = gate_up.shape[1] // 2
+    padding = ((0, 0), (0, -columns % 8))
+    halves = np.concatenate([np.pad(half, padding) for half in np.hsplit(gate_up, 2)], axis=1)
+    out = device.poisoned((halves.shape[0], halves.shape[1] // 2), gate_up.dtype)
+    gated_activation(device.array(halves), name, limit=limit, out=out)
+    return device.numpy(out)[:, :columns]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("case", GATED_CASES, ids=case_id)
+def test_gated_is_the_product_and_then_the_activation(device, case, dtype):
+    n, k, m, rows, splits = case
+    x, weight, bias = inputs(normal, dtype, 2 * n, k, m)
+    x = (x.astype(np.float32) * 2 / np.sqrt(k)).astype(dtype)
+    whole = plan_of_rows(2 * n, k, m, 40, splits=splits)
+    gate_up = run(device, x, weight, bias, chosen=whole)
+    plans = [plan_of_rows(n, k, m, rows, gated=True, splits=splits),
+             few_blocks(plan_of_rows(n, k, m, rows, gated=True, splits=splits, stage_bytes=0, ring_bytes=1), 2)]
+    for name, limit, chosen in (("silu", None, plans[0]), ("gelu_tanh", None, plans[1]), ("silu", 0.75, plans[1])):
+        got = run_gated(device, x, weight, bias, name, limit=limit, chosen=chosen)
+        assert_same_bits(got, activated(device, gate_up, name, limit))
+    # Without bias, and a limit that is felt.
+    gate_up = run(device, x, weight, chosen=whole)
+    got = run_gated(device, x, weight, chosen=plans[0])
+    assert_same_bits(got, activated(device, gate_up, "silu", None))
+    assert (got != activated(device, gate_up, "silu", 0.75)).any()
+
+
+def test_gated_of_any_shape_is_the_product_and_then_the_activation(device):
+    for n, k, m in [(24, 128, 3)] if device.emulated else [(14336, 4096, 1), (7168, 2048, 16), (1184, 512, 8)]:
+        x, weight, _ = inputs(normal, bfloat16, 2 * n, k, m)
+        gate_up = run(device, x, weight)
+        assert_same_bits(run_gated(device, x, weight), activated(device, gate_up, "silu", None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_equals_float64_up_to_one_rounding(device, dtype):
+    large = LARGE[: None if dtype == bfloat16 else 3]
+    for n, k, m in [(21, 1024, 6), (19, 576, 13)] if device.emulated else large:
+        x, weight, bias = inputs(normal, dtype, n, k, m)
+        exact = x.astype(np.float64) @ weight.astype(np.float64).T
+        # The errors of sums are below the least of these factors times the sum of magnitudes.
+        slack = 2e-6 * (np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T)
+        assert (np.abs(run(device, x, weight, out_dtype=float32) - exact) <= slack).all(), (n, k, m)
+        biased = exact + bias.astype(np.float64)
+        rounding = float(ml_dtypes.finfo(dtype).eps) / 2 * np.abs(biased)
+        got = run(device, x, weight, bias).astype(np.float64)
+        assert (np.abs(got - biased) <= 1.001 * rounding + 1.001 * slack).all(), (n, k, m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_one_rounding_after_the_bias(device, dtype):
+    x, weight, bias = inputs(normal, dtype, 24, 256, 9)
+    sums = run(device, x, weight, out_dtype=float32)
+    biased = run(device, x, weight, bias, float32)
+    np.testing.assert_array_equal(biased, sums + bias.astype(np.float32))
+    np.testing.assert_array_equal(run(device, x, weight, bias), biased.astype(dtype))
+    assert (biased.astype(dtype) != sums.astype(dtype) + bias).any()  # two roundings would be seen
+
+
+def test_a_row_depends_on_nothing_but_itself(device):
+    small, large = [(bfloat16, 21, 320), (float16, 70, 512)], [(bfloat16, 4100, 1152), (bfloat16, 3208, 4096),
+                                                               (float16, 28672, 4096)]
+    for dtype, n, k in small if device.emulated else [*small, *large]:
+        x, weight, bias = inputs(normal, dtype, n, k, MAX_M)
+        whole = run(device, x, weight, bias, float32)
+        for m in (1, 5, 8, 9, 16, 17, 32, 33):
+            np.testing.assert_array_equal(run(device, x[:m], weight, bias, float32), whole[:m], err_msg=f"{n} {k} {m}")
+        order = np.random.default_rng(0).permutation(MAX_M)
+        np.testing.assert_array_equal(run(device, x[order], weight, bias, float32), whole[order])
+        # Another order of the sum would be seen: not all sums are exact.
+        assert (whole != x.astype(np.float64) @ weight.astype(np.float64).T + bias.astype(np.float64)).any()
+
+
+def test_every_plan_gives_the_same_bits(device):
+    n, k = 200, 320
+    x, weight, _ = inputs(normal, bfloat16, n, k, 33)
+    results = []
+    for splits, others in ((4, ((48, 3, {"stage_bytes": 0}), (8, 20, {}), (64, 9, {"ring_bytes": 1}))),
+                           (2, ((80, 12, {"stage_bytes": 1 << 17}), (128, 33, {"ring_bytes": 1}))),
+                           (1, ((136, 12, {}), (200, 20, {"ring_bytes": 1}), (40, 1, {})))):
+        expected = run(device, x, weight, out_dtype=float32, chosen=plan_of_rows(n, k, 33, 24, splits=splits))
+        for rows, m, options in others:
+            chosen = few_blocks(plan_of_rows(n, k, m, rows, splits=splits, **options), 3)
+            got = run(device, x[:m], weight, out_dtype=float32, chosen=chosen)
+            np.testing.assert_array_equal(got, expected[:m], err_msg=str(chosen))
+        results.append(expected)
+    # Another number of sums is seen.
+    assert (results[0] != results[1]).any() and (results[1] != results[2]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_what_is_not_finite_stays_in_its_row_and_column(device, dtype):
+    for m in (7, 12):
+        x, weight, _ = inputs(integers, dtype, 21, 576, m)
+        clean = linear(x, weight)
+        x[m - 1, 575 - 3], x[2, 0], weight[20, 573], weight[4, 1] = np.nan, np.inf, np.nan, -np.inf
+        x[2, 1] = 1
+        got = run(device, x, weight)
+        affected = np.zeros(got.shape, bool)
+        affected[[m - 1, 2]] = True
+        affected[:, [20, 4]] = True
+        assert not np.isfinite(got[affected].astype(np.float32)).any()
+        np.testing.assert_array_equal(got[~affected], clean[~affected])
+
+
+def test_a_gate_of_nan_is_not_clamped(device):
+    x, weight = np.ones((1, 64), bfloat16), np.ones((32, 64), bfloat16)
+    weight[3], weight[20] = np.nan, np.nan
+    got = run_gated(device, x, weight, limit=2.0).astype(np.float32)
+    assert np.isnan(got[0, [3, 4]]).all() and np.isnan(got).sum() == 2
+
+
+@pytest.mark.parametrize("m", [1, 6, 13])
+def test_rows_apart(device, m):
+    n, k = 21, 576
+    x, weight, _ = inputs(integers, bfloat16, n, k, m)
+    padded = np.full((m, k + 40), np.nan, bfloat16)
+    padded[:, :k] = x
+    for write, columns in ((stream_gemm, n), (stream_gemm_gated, n // 2)):
+        w, out = weight[: n // columns * columns], device.poisoned((m, columns + 3), bfloat16)
+        write(device.array(padded)[:, :k], device.array(w), *(["silu"] if write is stream_gemm_gated else []),
+              out=out[:, 1:-2])
+        got = device.numpy(out)
+        expected = run(device, x, w) if write is stream_gemm else run_gated(device, x, w)
+        np.testing.assert_array_equal(got[:, 1:-2], expected)
+        assert np.isnan(got[:, [0, -2, -1]].astype(np.float32)).all()
+
+
+def test_nothing_to_do(device):
+    for m, n in ((0, 6), (3, 0)):
+        x, weight = np.ones((m, 64), bfloat16), np.ones((n, 64), bfloat16)
+        assert run(device, x, weight).shape == (m, n)
+        assert run_gated(device, x, weight).shape == (m, n // 2)
+
+
+def test_programmatic_launch(device):
+    # The emulation refuses activations that are touched before the wait.
+    x, weight, bias = inputs(normal, bfloat16, 42, 1152, 11)
+    for options in ({}, {"prefetch_bytes": 1 << 16}):
+        chosen = plan_of_rows(42, 1152, 11, 24, ring_bytes=24 << 10)
+        np.testing.assert_array_equal(run(device, x, weight, bias, pdl=True, chosen=chosen, **options),
+                                      run(device, x, weight, bias))
+        chosen = few_blocks(plan_of_rows(21, 1152, 11, 8, gated=True, ring_bytes=24 << 10), 1)
+        np.testing.assert_array_equal(run_gated(device, x, weight, bias, pdl=True, chosen=chosen, **options),
+                                      run_gated(device, x, weight, bias))
+
+
+def test_order_of_threads_does_not_matter(device):
+    if not device.emulated:
+        pytest.skip("a GPU takes no orders")
+    from tests.emulation.emulator import EmulatorBackend
+
+    x, weight, bias = inputs(normal, bfloat16, 21, 512, 11)
+    results = []
+    for seed in range(6):
+        with use_backend(EmulatorBackend(order_seed=seed)):
+            chosen = few_blocks(plan_of_rows(21, 512, 11, 8, stage_bytes=0, ring_bytes=10 << 10), 2)
+            results.append(run(device, x, weight, bias, float32, chosen=chosen))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_bad_arguments(device):
+    def array(*shape, dtype=bfloat16):
+        return np.ones(shape, dtype)
+
+    def refused(message, x, weight, bias=None, out=None, **kwargs):
+        out = array(x.shape[0], weight.shape[0]) if out is None else out
+        with pytest.raises(ConfigError, match=message):
+            stream_gemm(x, weight, bias, out=out, **kwargs)
+
+    refused("x has dtype float32", array(2, 16, dtype=float32), array(8, 16))
+    refused("x has shape", array(16), array(8, 16), out=array(1, 8))
+    refused("weight has shape", array(2, 16), array(16))
+    refused("weight has shape", array(2, 16), array(8, 24))
+    refused("weight has dtype", array(2, 16), array(8, 16, dtype=float16))
+    refused("weight .*not contiguous", array(2, 16), array(8, 32)[:, :16])
+    refused("bias has shape", array(2, 16), array(8, 16), array(9))
+    refused("bias has dtype", array(2, 16), array(8, 16), array(8, dtype=float32))
+    refused("bias .*not contiguous", array(2, 16), array(8, 16), array(16)[::2])
+    refused("out has shape", array(2, 16), array(8, 16), out=array(8, 2))
+    refused("out has dtype", array(2, 16), array(8, 16), out=array(2, 8, dtype=float16))
+    refused("out .*rows that are not contiguous", array(2, 64), array(8, 64), out=array(2, 16)[:, ::2])
+    refused("out .*rows -16 bytes apart", array(2, 64), array(8, 64), out=array(2, 8)[::-1])
+    refused("x has 65 rows, more than 64", array(65, 16), array(8, 16))
+    refused("x .*rows that are not contiguous", array(2, 128)[:, ::2], array(8, 64))
+    refused("x .*rows 136 bytes apart", array(2, 68)[:, :64], array(8, 64))
+    refused("x .*rows 0 bytes apart", np.broadcast_to(array(64), (2, 64)), array(8, 64))
+    refused("multiple of 64 elements", array(2, 96), array(8, 96))
+    refused("multiple of 64 elements", array(2, 0), array(8, 0))
+
+    def gated_refused(message, name="silu", weight=None, out=None, error=ConfigError):
+        with pytest.raises(error, match=message):
+            stream_gemm_gated(array(2, 16), array(8, 16) if weight is None else weight, name,
+                              out=array(2, 4) if out is None else out)
+
+    with pytest.raises(ConfigError, match="x has 17 rows, more than 16"):
+        stream_gemm_gated(array(17, 64), array(8, 64), "silu", out=array(17, 4))
+    gated_refused("stream_gemm_gated: activation relu is not one of silu, gelu_tanh", "relu")
+    gated_refused("mish", "mish", error=UnsupportedModelError)
+    gated_refused("stream_gemm_gated: weight has shape", weight=array(9, 16))
+    gated_refused("out has dtype float32", out=array(2, 4, dtype=float32))
+
+
+# ---- the plan
+
+SIZES = [1, 8, 40, 768, 1024, 1056, 1280, 2048, 3072, 3200, 4096, 4224, 6144, 12672, 14336, 28672, 57344, 128256]
+LENGTHS = [64, 512, 576, 896, 1792, 2048, 4096, 14336, 28672]
+
+
+def plans():
+    for gated, n, k, m in product((False, True), SIZES, LENGTHS, (1, 8, 9, 16, 17, 32, 33, 64)):
+        if not gated or m <= GATED_MAX_M:
+            yield gated, n, k, m, plan(n, k, m, gated=gated)
+
+
+def test_every_plan_is_declared_and_every_variant_planned():
+    used = {(p.columns, p.groups, p.splits, gated) for gated, *_, p in plans()}
+    declared = set()
+    for defines in read_source("stream_gemm.cu").variants["sm_90a"]:
+        of = dict(d.split("=") for d in defines if "=" in d)
+        declared.add((int(of["COLUMNS"]), int(of["GROUPS"]), int(of["SPLITS"]), "GATED" in defines))
+    assert used == declared
+
+
+def test_plans_fit():
+    for gated, n, _, m, p in plans():
+        parts = 2 if gated else 1
+        assert p.columns >= m and p.rows % 8 == 0 and p.rows * parts <= 256
+        assert p.groups // parts * 64 >= p.rows
+        pieces = -(-n // p.rows)
+        assert p.grid <= min(132, pieces) and p.stages >= 2
+        # No block without a piece, and no block with two more than another.
+        assert p.grid * -(-pieces // p.grid) - pieces < p.grid
+        # Two blocks and a small kernel, with what the system takes for each, fit into a multiprocessor.
+        assert p.shared_bytes <= (RING_BYTES if p.columns <= 32 else WIDE_RING_BYTES)
+        assert 2 * (p.shared_bytes + 1024) + 3 * 1024 <= 228 * 1024
+        # What the operands of the last stage reach into exists, before the barriers.
+        stage = p.panels * (parts * p.rows + p.columns) * 128
+        last_panel = (p.stages - 1) * stage + (p.panels - 1) * parts * p.rows * 128
+        reach = last_panel + ((parts - 1) * p.rows + p.groups // parts * 64) * 128
+        assert max(reach, p.stages * stage) <= p.shared_bytes - 16 * p.stages
+
+
+def test_the_sums_do_not_depend_on_m_nor_on_the_activation():
+    for n in (*SIZES, *range(8, 60000, 1000)):
+        splits = splits_of(2 * n)
+        for m in (1, 8, 9, 16, 17, 32, 33, 64):
+            assert plan(2 * n, 4096, m).splits == splits
+            assert m > GATED_MAX_M or plan(n, 4096, m, gated=True).splits == splits
+
+
+def test_small_batches_use_most_multiprocessors():
+    for n in range(1024, 60000, 1024):
+        for gated in (False, True):
+            p = plan(n, 4096, 1, gated=gated)
+            pieces = -(-n // p.rows)
+            assert n / (p.rows * -(-pieces // p.grid) * 132) > 0.85, (n, p)
