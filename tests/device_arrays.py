@@ -176,10 +176,17 @@ def emulated_device(monkeypatch):
     """Kernels run in the emulation, matrix products in the stand-in for cuBLASLt, graphs replay what they recorded."""
     engine = gemm.LinearEngine(FakeCublasLt())
 
-    def linear(x, w, out, bias=None, *, workspace, allow_tf32=False):
-        # The stand-in knows one stream.
-        _do(lambda: engine.linear(x.host, w.host, out.host, bias if bias is None else bias.host, workspace.host,
-                                  allow_tf32, 5))
+    def linear(x, w, out, bias=None, *, workspace, allow_tf32=False, row_invariant=False):
+        rows = range(x.shape[0]) if row_invariant else [slice(None)]
+
+        def start():
+            for row in rows:
+                row = slice(row, row + 1) if row_invariant else row
+                # The stand-in knows one stream.
+                engine.linear(x.host[row], w.host, out.host[row], bias if bias is None else bias.host, workspace.host,
+                              allow_tf32, 5)
+
+        _do(start)
 
     monkeypatch.setattr(gemm, "linear", linear)
     monkeypatch.setattr("cutp.engine.decode_graphs.capture", recorded)

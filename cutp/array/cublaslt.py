@@ -20,12 +20,16 @@ _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _OP_N, _OP_T = 0, 1
 CUDA_TYPES = {float32: 0, float16: 2, bfloat16: 14}
 
+# The number of rows that row-invariant products of any number of rows have their algorithm of: large enough for tiles
+# that serve long prompts, small enough for tiles that do not burden decoding.
+_INVARIANT_ROWS, _INVARIANT_ALIGNMENT = 128, 16
+
 
 class LinearShape(NamedTuple):
     """All that the choice of an algorithm depends on.
 
     `ldx`, `ldw`, `ldo`: elements from one row to the next. `alignments`: the largest powers of two, up to 256, that
-    divide the addresses of w, x and out.
+    divide the addresses of w, x and out. row_invariant: the bits of a row do not depend on m.
     """
 
     m: int
@@ -40,6 +44,7 @@ class LinearShape(NamedTuple):
     bias: bool
     tf32: bool
     workspace_bytes: int
+    row_invariant: bool = False
 
     def __str__(self) -> str:
         return f"[{self.m}, {self.k}] x [{self.n}, {self.k}]^T in {self.dtype.name}"
@@ -83,10 +88,19 @@ class LinearPlan:
 
     def _choose(self, shape: LinearShape) -> np.ndarray:
         lt = self._lt
+        x_layout, out_layout = self._x, self._out
+        if shape.row_invariant:
+            # One algorithm for all m, and wherever the rows lie, which forms each sum in one piece.
+            rows, in_type, out_type = _INVARIANT_ROWS, CUDA_TYPES[shape.dtype], CUDA_TYPES[shape.out_dtype]
+            create, destroy = lt.matrix_layout_create, lt.matrix_layout_destroy
+            x_layout = self._new(create, destroy, in_type, shape.k, rows, shape.k)
+            out_layout = self._new(create, destroy, out_type, shape.n, rows, shape.n)
+            scheme = int(lt.ReductionScheme.NONE)
+        else:
+            scheme = int(lt.ReductionScheme.COMPUTE_TYPE)  # split sums are added up in float32, not in out's type
         preference = lt.matmul_preference_create()
         try:
-            scheme = int(lt.ReductionScheme.COMPUTE_TYPE)  # split sums are added up in float32, not in out's type
-            w, x, out = shape.alignments
+            w, x, out = (min(a, _INVARIANT_ALIGNMENT) if shape.row_invariant else a for a in shape.alignments)
             for name, value in (
                 ("MAX_WORKSPACE_BYTES", shape.workspace_bytes), ("REDUCTION_SCHEME_MASK", scheme),
                 ("MIN_ALIGNMENT_A_BYTES", w), ("MIN_ALIGNMENT_B_BYTES", x),
@@ -98,7 +112,7 @@ class LinearPlan:
             results = np.zeros(1, dtype=lt.matmul_heuristic_result_dtype)
             count = np.zeros(1, dtype=np.int32)
             lt.matmul_algo_get_heuristic(
-                self._handle, self._desc, self._w, self._x, self._out, self._out, preference,
+                self._handle, self._desc, self._w, x_layout, out_layout, out_layout, preference,
                 1, results.ctypes.data, count.ctypes.data,
             )
         finally:

@@ -19,7 +19,8 @@ WORKSPACE_BYTES = 32 * 2**20
 """The workspace that cuBLAS recommends for Hopper; with less, some of its algorithms are not available."""
 
 
-def linear(x: Any, w: Any, out: Any, bias: Any = None, *, workspace: Any, allow_tf32: bool = False) -> Any:
+def linear(x: Any, w: Any, out: Any, bias: Any = None, *, workspace: Any, allow_tf32: bool = False,
+           row_invariant: bool = False) -> Any:
     """out = x w^T + bias on the current stream; returns `out`.
 
     x [M, K], w [N, K], out [M, N]: CuPy arrays whose rows are contiguous (the rows may be apart); bias [N] or None.
@@ -29,13 +30,14 @@ def linear(x: Any, w: Any, out: Any, bias: Any = None, *, workspace: Any, allow_
     `allow_tf32` lets the hardware round them to TF32 first.
 
     workspace: a uint8 array (from an Arena; WORKSPACE_BYTES is a good size) that nothing else uses meanwhile: one
-    for each stream. Equal shapes give equal bits. Can be captured, but call it once before with the same shapes.
+    for each stream. Equal shapes give equal bits; with `row_invariant`, at some cost, the bits of a row of the result
+    depend on nothing but that row of x. Can be captured, but call it once before with the same shapes.
     Raises ConfigError for arrays that do not fit, DeviceError if cuBLASLt is missing or fails.
     """
     device = cuda.current_device()
     stream = cuda.cupy().cuda.get_current_stream().ptr
     graph.keep_for_capture((x, w, out, bias, workspace))
-    return _engine(device).linear(x, w, out, bias, workspace, allow_tf32, stream)
+    return _engine(device).linear(x, w, out, bias, workspace, allow_tf32, stream, row_invariant)
 
 
 @lru_cache(maxsize=64)
@@ -56,9 +58,10 @@ class LinearEngine:
         except (RuntimeError, lt.cuBLASLtError) as error:
             raise DeviceError(f"cuBLASLt cannot be used: {error}", hint=cuda.INSTALL_HINT) from error
 
-    def linear(self, x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32: bool, stream: int) -> Any:
+    def linear(self, x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32: bool, stream: int,
+               row_invariant: bool = False) -> Any:
         """See `linear` of this module."""
-        shape = linear_shape(x, w, out, bias, workspace, allow_tf32)
+        shape = linear_shape(x, w, out, bias, workspace, allow_tf32, row_invariant)
         if shape.m == 0 or shape.n == 0:
             return out
         addresses = (address(w), address(x), address(out), None if bias is None else address(bias), address(workspace))
@@ -73,16 +76,18 @@ class LinearEngine:
         return out
 
 
-def linear_shape(x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32: bool = False) -> LinearShape:
+def linear_shape(x: Any, w: Any, out: Any, bias: Any, workspace: Any, allow_tf32: bool = False,
+                 row_invariant: bool = False) -> LinearShape:
     """Check the arguments of `linear` (ConfigError) and describe them."""
     return _described(layout(x), layout(w), layout(out), optional_layout(bias), layout(workspace), allow_tf32,
                       address(w) % ALIGNMENT, address(x) % ALIGNMENT, address(out) % ALIGNMENT,
-                      address(workspace) % ALIGNMENT)
+                      address(workspace) % ALIGNMENT, row_invariant)
 
 
 @remembered
 def _described(x: Layout, w: Layout, out: Layout, bias: Layout | None, workspace: Layout, allow_tf32: bool,
-               w_place: int, x_place: int, out_place: int, workspace_place: int) -> LinearShape:
+               w_place: int, x_place: int, out_place: int, workspace_place: int,
+               row_invariant: bool) -> LinearShape:
     """For arrays at these distances from a multiple of ALIGNMENT."""
     for name, array in (("x", x), ("w", w), ("out", out)):
         if array.ndim != 2:
@@ -104,7 +109,7 @@ def _described(x: Layout, w: Layout, out: Layout, bias: Layout | None, workspace
     return LinearShape(
         m, n, k, np.dtype(x.dtype), np.dtype(out.dtype), _row_step(x, "x"), _row_step(w, "w"), _row_step(out, "out"),
         (_alignment(w_place), _alignment(x_place), _alignment(out_place)), bias is not None,
-        bool(allow_tf32 and x.dtype == float32), workspace.size,
+        bool(allow_tf32 and x.dtype == float32), workspace.size, row_invariant,
     )
 
 

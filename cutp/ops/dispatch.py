@@ -88,7 +88,9 @@ def linear(x: Any, weight: Any, bias: Any = None, out: Any = None) -> Any:
         return host_linear.linear(x, weight, bias, out)
     if out is None:
         out = scratch().empty((x.shape[0], weight.shape[0]), x.dtype)
-    if x.shape[0] <= _SKINNY_ROWS and weight.nbytes <= _SKINNY_BYTES:
+    if _choices.row_invariant:
+        gemm.linear(x, weight, out, bias, workspace=scratch().workspace, row_invariant=True)
+    elif x.shape[0] <= _SKINNY_ROWS and weight.nbytes <= _SKINNY_BYTES:
         skinny_gemm_cuda.skinny_gemm(x, weight, bias, out=out, pdl=True)
     else:
         gemm.linear(x, weight, out, bias, workspace=scratch().workspace)

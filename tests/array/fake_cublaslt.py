@@ -39,6 +39,7 @@ class FakeCublasLt:
         BIAS = 4
 
     class ReductionScheme(IntEnum):
+        NONE = 0
         COMPUTE_TYPE = 2
 
     MatmulDescAttribute = MatmulDescAttribute
@@ -89,7 +90,8 @@ class FakeCublasLt:
 
     def matmul_algo_get_heuristic(self, handle, desc, a, b, c, d, preference, wanted, results, count):
         assert self.alive[handle] == "handle" and wanted == 1
-        self.choices.append({**self.alive[desc], **self.alive[preference]})
+        layouts = {name: self.alive[layout] for name, layout in (("A", a), ("B", b), ("C", c), ("D", d))}
+        self.choices.append({**self.alive[desc], **self.alive[preference], **layouts})
         ctypes.c_uint64.from_address(results).value = 4711
         ctypes.c_int32.from_address(count).value = self.algorithms
 

@@ -242,6 +242,21 @@ def test_16_bit_factors_with_a_float32_result_and_rows_apart(cp):
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)])
+def test_rows_of_row_invariant_products(cp, dtype):
+    """The bits of a row, whatever the number of rows and wherever they lie."""
+    rng = np.random.default_rng(3)
+    workspace = cp.empty(WORKSPACE_BYTES, np.uint8)
+    for n, k in ((6144, 4096), (1000, 14336), (520, 776)):
+        x, w = (cp.asarray(rng.standard_normal(shape).astype(dtype)) for shape in ((700, k), (n, k)))
+        whole = cp.empty((700, n), dtype)
+        linear(x, w, whole, workspace=workspace, row_invariant=True)
+        for first, rows in ((0, 1), (5, 8), (0, 33), (1, 64), (300, 129), (11, 512)):
+            part = cp.empty((rows, n), dtype)
+            linear(x[first : first + rows], w, part, workspace=workspace, row_invariant=True)
+            assert part.tobytes() == whole[first : first + rows].tobytes(), (n, k, first, rows)
+
+
 def test_linear_in_a_graph_equals_the_eager_run(cp, dtype):
     x, w, b, _ = operands(dtype, 8, 1024, 4096, True)
     arena, stream = Arena(), Stream()

@@ -112,6 +112,24 @@ def test_what_the_choice_is_told(workspace):
     assert [exact[f"MIN_ALIGNMENT_{i}_BYTES"] for i in "ABCD"] == [16, 256, 256, 256]
 
 
+def test_products_of_any_number_of_rows_have_one_algorithm(workspace):
+    """Where rows are to have the same bits, all that the choice is told is the same, and no sum is split."""
+    lt = FakeCublasLt()
+    engine = LinearEngine(lt)
+    x, w, y = random((300, 40), BF16), random((24, 32), BF16, 1), np.empty((300, 30), BF16)
+    for rows in (1, 7, 128, 300):
+        for part in (x[:rows, :32], x[300 - rows :, 8:]):
+            out = np.full((rows, 24), np.nan, BF16) if rows % 2 else y[:rows, :24]
+            engine.linear(part, w, out, None, workspace, False, 5, True)
+            np.testing.assert_array_equal(out, expected(part, w, None, BF16))
+    aligned = [choice for choice in lt.choices if choice["MIN_ALIGNMENT_B_BYTES"] == 16]
+    assert aligned and all(choice == aligned[0] for choice in aligned if choice["MIN_ALIGNMENT_D_BYTES"] == 16)
+    assert {choice["REDUCTION_SCHEME_MASK"] for choice in lt.choices} == {0}
+    assert {(choice["B"], choice["D"]) for choice in lt.choices} == {((BF16, 32, 128, 32), (BF16, 24, 128, 24))}
+    engine.linear(x[:7, :32], w, y[:7, :24], None, workspace, False, 5)
+    assert lt.choices[-1]["REDUCTION_SCHEME_MASK"] == 2 and lt.choices[-1]["B"][2] == 7
+
+
 def test_16_bit_factors_never_use_tf32(workspace):
     x = random((1, 2), BF16)
     assert not linear_shape(x, x, np.empty((1, 1), F32), None, workspace, True).tf32
