@@ -55,7 +55,7 @@ class CudaBackend:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Compute capability of the current GPU, by which launchers choose kernels that not every GPU runs."""
+        """Of the current GPU, for example (9, 0)."""
         return cuda.device_info(self._cupy.cuda.runtime.getDevice()).capability
 
     def _load(self, source: str, defines: tuple[str, ...], name: str, device: int) -> _Function:

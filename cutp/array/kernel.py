@@ -14,7 +14,13 @@ _BARE_NUMBERS = frozenset((bool, int, float, complex))
 
 
 class KernelBackend(Protocol):
-    """What runs kernels: a GPU, or for tests something that behaves like one."""
+    """What runs kernels: a GPU, or for tests something that behaves like one.
+
+    capability: compute capability of the current GPU, by which launchers choose kernels that not every GPU runs; None
+    for one that runs only those of every GPU.
+    """
+
+    capability: tuple[int, int] | None
 
     def launch(
         self, source: str, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence[Any],
@@ -41,6 +47,11 @@ def set_backend(new: KernelBackend | None) -> KernelBackend | None:
     global _backend
     old, _backend = _backend, new
     return old
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether kernels now run on a GPU of exactly this compute capability."""
+    return backend().capability == capability
 
 
 @contextmanager

@@ -130,7 +130,9 @@ def _visible(value: str | None) -> str:
 def probe_capability(job: Job) -> list[str]:
     """The kernel files that have no code for this rank's GPU."""
     capability = tuple(job.facts["gpu mapping"][job.rank]["capability"])
-    return [source.name for source in kernel_sources() if choose_arch(capability, source.archs) is None]
+    # A file for special architectures only has another that does the same on all others.
+    return [source.name for source in kernel_sources()
+            if choose_arch(capability, source.archs) is None and not all(arch.endswith("a") for arch in source.archs)]
 
 
 def judge_capability(job: Job, facts: list[list[str]]) -> Finding:

@@ -12,7 +12,7 @@ from cutp.errors import ConfigError
 from cutp.nn.module import Module, ShardableModule, Shards, Weight, sharded
 from cutp.nn.sharding import EvenSegment, OwnerSegment, Segment, ShardingStrategy, qkv_segments
 from cutp.nn.storage import Padding, storage
-from cutp.ops.dispatch import linear
+from cutp.ops.dispatch import gated_linear, linear
 
 
 class Linear(ShardableModule):
@@ -91,6 +91,12 @@ class StackedLinear(ShardableModule):
             self.materialize()
         return linear(x, self._weight, self._bias, out)
 
+    def gated(self, x: np.ndarray, activation: str, limit: float | None = None) -> np.ndarray:
+        """act(first output) * second output, for two equally wide matrices (`cutp.ops.activation.gated_activation`)."""
+        if self._weight is None:
+            self.materialize()
+        return gated_linear(x, self._weight, self._bias, activation, limit=limit)
+
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.kind in ("replicate", "tensor_parallel")
 
@@ -120,6 +126,11 @@ class FusedLinear(Linear):
         """Rows of each matrix that this shard holds."""
         ranges = self.weight.ranges
         return [segment.length for segment in self.segments] if ranges is None else [b - a for a, b in ranges]
+
+    def gated(self, x: np.ndarray, activation: str, limit: float | None = None) -> np.ndarray:
+        """act(first output) * second output, for two equally wide matrices (`cutp.ops.activation.gated_activation`)."""
+        return gated_linear(x, self.weight.value, None if self.bias is None else self.bias.value, activation,
+                            limit=limit)
 
     def signature(self) -> dict[str, object]:
         return {**super().signature(), "segments": self.segments}

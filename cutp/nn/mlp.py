@@ -9,7 +9,6 @@ from cutp.nn.module import ShardableModule
 from cutp.nn.sharding import ShardingStrategy
 from cutp.nn.storage import Padding
 from cutp.ops.activation import activation_name
-from cutp.ops.dispatch import gated_activation
 
 
 class MLP(ShardableModule):
@@ -33,7 +32,7 @@ class MLP(ShardableModule):
 
     def activated(self, x: np.ndarray) -> np.ndarray:
         """The input of down_proj: x [T, hidden] -> [T, feed_forward_length of this shard]."""
-        return gated_activation(self.gate_up_proj(x), self.activation, limit=self.swiglu_limit)
+        return self.gate_up_proj.gated(x, self.activation, limit=self.swiglu_limit)
 
     def _accepts(self, strategy: ShardingStrategy) -> bool:
         return strategy.kind in ("replicate", "tensor_parallel")

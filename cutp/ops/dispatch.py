@@ -29,6 +29,7 @@ from cutp.ops import (
     rms_norm_cuda,
     rotary_cuda,
     skinny_gemm_cuda,
+    stream_gemm_cuda,
 )
 from cutp.ops import embedding as host_embedding
 from cutp.ops import linear as host_linear
@@ -38,11 +39,7 @@ from cutp.ops import residual as host_residual
 from cutp.ops import rms_norm as host_norm
 from cutp.ops import rotary as host_rotary
 from cutp.ops.kv_write import kv_write
-
-# Up to this many rows a product runs in the skinny kernel where its weight is below this size: there it is as fast as
-# cuBLASLt or faster (cutp.bench.kernels), and a row's bits do not depend on the number of rows.
-_SKINNY_ROWS = 8
-_SKINNY_BYTES = 150 << 20
+from cutp.ops.product_choice import Kernel, gates_in_product, kernel_for
 
 
 class _Choices(threading.local):
@@ -88,13 +85,23 @@ def linear(x: Any, weight: Any, bias: Any = None, out: Any = None) -> Any:
         return host_linear.linear(x, weight, bias, out)
     if out is None:
         out = scratch().empty((x.shape[0], weight.shape[0]), x.dtype)
-    if _choices.row_invariant:
-        gemm.linear(x, weight, out, bias, workspace=scratch().workspace, row_invariant=True)
-    elif x.shape[0] <= _SKINNY_ROWS and weight.nbytes <= _SKINNY_BYTES:
+    kernel = Kernel.LIBRARY if _choices.row_invariant else kernel_for(x, weight)
+    if kernel is Kernel.STREAM:
+        stream_gemm_cuda.stream_gemm(x, weight, bias, out=out, pdl=True)
+    elif kernel is Kernel.SKINNY:
         skinny_gemm_cuda.skinny_gemm(x, weight, bias, out=out, pdl=True)
     else:
-        gemm.linear(x, weight, out, bias, workspace=scratch().workspace)
+        gemm.linear(x, weight, out, bias, workspace=scratch().workspace, row_invariant=_choices.row_invariant)
     return out
+
+
+def gated_linear(x: Any, weight: Any, bias: Any, name: str, *, limit: float | None = None) -> Any:
+    """`gated_activation` of `linear`: x [T, K], weight [2F, K], the gate's rows first -> [T, F]."""
+    if on_device(x) and not _choices.row_invariant and gates_in_product(x, weight, name):
+        out = scratch().empty((x.shape[0], weight.shape[0] // 2), x.dtype)
+        stream_gemm_cuda.stream_gemm_gated(x, weight, name, bias, limit=limit, out=out, pdl=True)
+        return out
+    return gated_activation(linear(x, weight, bias), name, limit=limit)
 
 
 def rms_norm(x: Any, weight: Any, eps: float, *, weight_offset: float = 0.0, multiply_before_cast: bool = False,

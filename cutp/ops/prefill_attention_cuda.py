@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cutp.array.kernel import backend, launch
+from cutp.array.kernel import launch, runs_on
 from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
 from cutp.ops import prefill_attention_hopper_cuda as hopper
@@ -47,7 +47,7 @@ def prefill_work_list(query_lengths: Any, cache_lengths: Any, group: int, *, hea
 
 def _is_for_hopper(dtype: np.dtype) -> bool:
     """Whether the GPU in use runs prefill_attention_hopper.cu, and it computes with this dtype."""
-    return dtype.name in hopper.DTYPES and getattr(backend(), "capability", None) == hopper.CAPABILITY
+    return dtype.name in hopper.DTYPES and runs_on(hopper.CAPABILITY)
 
 
 def prefill_attention(q: Any, pages: Any, lookup_table: Any, input_row_offsets: Any, cache_lengths: Any,

@@ -5,8 +5,9 @@
 // A block, of which there is at most one per multiprocessor, streams pieces of `rows` rows of W, and x beside them,
 // through a ring of stages in shared memory; a stage holds `panels` panels of 64 elements of K of both. One thread starts
 // the copies, one for W and one for x in each stage, and runs ahead as far as the ring is long, over the borders of
-// pieces; one warpgroup multiplies, W being the operand with 64 rows per instruction, the rows of x the columns of the
-// product. The ring is filled with weights before the kernel before has ended (`pdl_wait`), and since each kernel lets
+// pieces; two warpgroups multiply, W being the operand with 64 rows per instruction, the rows of x the columns of the
+// product. They give a stage back as soon as they are done with it: they are faster than memory, since one starts
+// products while the other waits for its own. The ring is filled with weights before the kernel before has ended (`pdl_wait`), and since each kernel lets
 // the next one start at once, while there is shared memory left for it, memory is never idle between the two.
 //
 // Where `rows` is no multiple of 64, the last group of an operand reaches into what follows in shared memory; the rows
@@ -15,7 +16,8 @@
 // An instruction waits for the one before if it adds to the same sums, about as long as four of them take. So where a
 // piece has fewer than four groups of 64 rows, a result has SPLITS sums, which take turns in K, 16 elements each, and
 // are added at the end. The order is that of K and of these: the bits of an output depend on SPLITS, which the launcher
-// chooses by the number of rows of W alone, and neither on COLUMNS and GROUPS nor on rows, panels and stages.
+// chooses by the number of rows of W alone, and neither on COLUMNS and GROUPS nor on rows, panels and stages. Each
+// warpgroup has half of the rows of a piece if these are several groups, else half of the sums of every result.
 //
 // GATED: W has rows of gates and then as many of ups, and y = act(gate) * up with the roundings of
 // activation.py: a piece is `rows` rows of each, in separate groups, so that one thread has a gate and its up.
@@ -38,12 +40,20 @@ constexpr int parts = 1;
 
 constexpr int row_bytes = 128;  // of a panel
 constexpr int group_rows = 64;  // of an operand of one instruction
-constexpr int products = 4;     // instructions for a group and a panel, 32 bytes of a row each
-// Whether products of one panel are under way while those of the next are started. Not with few large stages, which are
-// better given back at once.
-constexpr bool overlapping = GROUPS < 4;
-constexpr int multiplying_warps = 4;
+constexpr int slices = 4;       // of a row of a panel, 16 elements of K for one instruction
+constexpr int slice_bytes = row_bytes / slices;
+
+constexpr int warpgroups = 2;
+constexpr int warpgroup_threads = 128;
+constexpr int multiplying_warps = warpgroups * warpgroup_threads / warp_size;
 constexpr int threads = (multiplying_warps + 1) * warp_size;
+// What a warpgroup has of a piece: groups of each part, and sums of a result.
+constexpr bool rows_are_shared_out = GROUPS / parts > 1;
+constexpr int own_groups = rows_are_shared_out ? GROUPS / warpgroups : GROUPS;
+constexpr int own_sums = rows_are_shared_out ? SPLITS : SPLITS / warpgroups;
+static_assert(own_groups % parts == 0 && own_sums > 0, "work for each warpgroup");
+
+__device__ __forceinline__ int warpgroup_id() { return threadIdx.x / warpgroup_threads; }
 
 // The shape of the product and how it is cut up. n: columns of y. rows: of each part of W in a piece, a multiple of 8.
 struct Shape {
@@ -60,14 +70,21 @@ struct Shape {
     __device__ __forceinline__ u32 stage_bytes() const { return parts * part_bytes() + panels * COLUMNS * row_bytes; }
 };
 
+// Sums that pass from one warpgroup to the other at a time, in each of its threads, and where.
+constexpr int exchanged = COLUMNS / 2 < 8 ? COLUMNS / 2 : 8;
+constexpr int exchange_bytes = rows_are_shared_out ? 0 : exchanged * warpgroup_threads * sizeof(float);
+
 // Stages in shared memory, each with its panels of the parts of W, one part after the other, and then of x; and two
 // barriers for each: for the arrival of the data and for the end of their use.
 struct Ring {
     u32 data, barriers;
 
-    // The barriers lie at the end, behind what the last operand may reach into.
+    // Behind what the last operand may reach into lie sums on their way between the warpgroups, and then the barriers.
     __device__ __forceinline__ explicit Ring(u32 shared_bytes, const Shape& shape)
         : data(shared_address(dynamic_shared())), barriers(data + shared_bytes - 16 * shape.stages) {}
+    __device__ __forceinline__ float* exchange() const {
+        return reinterpret_cast<float*>(dynamic_shared() + (barriers - data - exchange_bytes));
+    }
     __device__ __forceinline__ u32 full(int stage) const { return barriers + 16 * stage; }
     __device__ __forceinline__ u32 empty(int stage) const { return barriers + 16 * stage + 8; }
     __device__ __forceinline__ u32 weight(int stage, const Shape& shape) const {
@@ -96,6 +113,7 @@ struct Copies {
     const Shape& shape;
     const Ring& ring;
 
+    __device__ __forceinline__ Place first() const { return {static_cast<int>(blockIdx.x) * shape.rows}; }
     __device__ __forceinline__ void weight(Place at, int stage) const {
         barrier_arrive_expect(ring.full(stage), shape.stage_bytes());
 #pragma unroll
@@ -113,25 +131,24 @@ struct Copies {
 };
 
 // Fills the ring with weights, and L2 with those of `prefetched` more steps: what may happen before the kernel before
-// has ended. Returns where to go on after the ring.
-__device__ __forceinline__ Place begin_copies(const Copies& copies, int steps, int prefetched) {
+// has ended.
+__device__ __forceinline__ void begin_copies(const Copies& copies, int steps, int prefetched) {
     const int stages = copies.shape.stages;
-    Place at{static_cast<int>(blockIdx.x) * copies.shape.rows};
+    Place at = copies.first();
 #pragma unroll 1
     for (int step = 0; step < min(stages, steps); step++, at.advance(copies.shape)) copies.weight(at, step);
-    Place ahead = at;
 #pragma unroll 1
-    for (int step = stages; step < min(stages + prefetched, steps); step++, ahead.advance(copies.shape))
-        copies.prefetch(ahead);
-    return at;
+    for (int step = stages; step < min(stages + prefetched, steps); step++, at.advance(copies.shape))
+        copies.prefetch(at);
 }
 
-__device__ __forceinline__ void go_on_copying(const Copies& copies, int steps, Place at) {
+// Brings x into the ring, and then more of both.
+__device__ __forceinline__ void go_on_copying(const Copies& copies, int steps) {
     const int stages = copies.shape.stages;
     async_global_fence();
-    Place first{0};
+    Place at = copies.first();
 #pragma unroll 1
-    for (int step = 0; step < min(stages, steps); step++, first.advance(copies.shape)) copies.x(first, step);
+    for (int step = 0; step < min(stages, steps); step++, at.advance(copies.shape)) copies.x(at, step);
     int stage = 0;
     u32 parity = 0;
 #pragma unroll 1
@@ -143,60 +160,134 @@ __device__ __forceinline__ void go_on_copying(const Copies& copies, int steps, P
     }
 }
 
-// ---- products, by the warpgroup
+// ---- products, by the warpgroups
 
 // As descriptor_at, in 32 bits: the address is in the low half, and no sum of addresses leaves it.
 __device__ __forceinline__ u64 operand_at(u64 descriptor, u32 bytes) {
     return (descriptor & ~0xffffffffull) | (static_cast<u32>(descriptor) + (bytes >> 4));
 }
 
-struct Sums {
-    float of[GROUPS][SPLITS][COLUMNS / 2];
+// This warpgroup's operands in the stage that comes next.
+struct Operands {
+    u64 weight, x;
+    u32 stage_bytes, ring_bytes, offset = 0;  // of the stage
+    u32 barrier, first_barrier, parity = 0;
 
-    __device__ __forceinline__ void keep() {
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-            for (int split = 0; split < SPLITS; split++) keep_registers(of[group][split]);
+    __device__ __forceinline__ Operands(const Ring& ring, const Shape& shape)
+        : stage_bytes(shape.stage_bytes()), ring_bytes(shape.stages * stage_bytes), barrier(ring.full(0)),
+          first_barrier(barrier) {
+        // The first of its rows, or of its slices. The shuffle tells the compiler that the operands are those of a whole
+        // warp, and belong into registers of warps.
+        const u32 warpgroup = shuffle(warpgroup_id(), 0);
+        const u32 row = rows_are_shared_out ? warpgroup * (own_groups / parts * group_rows * row_bytes) : 0;
+        const u32 slice = rows_are_shared_out ? 0 : warpgroup * (own_sums * slice_bytes);
+        weight = matrix_descriptor(ring.weight(0, shape) + row + slice, 16, 8 * row_bytes);
+        x = matrix_descriptor(ring.x(0, shape) + slice, 16, 8 * row_bytes);
     }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-            for (int split = 0; split < SPLITS; split++)
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 2; i++) of[group][split][i] = 0;
-    }
-    // Starts to add the products of a panel.
-    __device__ __forceinline__ void add(u64 weight, u64 x, const Shape& shape) {
-        keep();
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < products; i++)
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                const u32 distance = group % parts * shape.part_bytes() + group / parts * group_rows * row_bytes;
-                const u32 step = i * row_bytes / products;
-                wgmma_shared<scalar_t, COLUMNS, false>(of[group][i % SPLITS], operand_at(weight, distance + step),
-                                                       operand_at(x, step), true);
-            }
-        wgmma_commit();
-    }
-    __device__ __forceinline__ float total(int group, int i) const {
-        float sums[SPLITS];
-#pragma unroll
-        for (int split = 0; split < SPLITS; split++) sums[split] = of[group][split][i];
-#pragma unroll
-        for (int n = 1; n < SPLITS; n *= 2)
-#pragma unroll
-            for (int split = 0; split < SPLITS; split += 2 * n) sums[split] += sums[split + n];
-        return sums[0];
+    __device__ __forceinline__ void advance() {
+        offset += stage_bytes, barrier += 16;
+        if (offset == ring_bytes) offset = 0, barrier = first_barrier, parity ^= 1;
     }
 };
 
+struct Sums {
+    float of[own_groups][own_sums][COLUMNS / 2];
+
+    __device__ __forceinline__ void keep() {
+#pragma unroll
+        for (int group = 0; group < own_groups; group++)
+#pragma unroll
+            for (int i = 0; i < own_sums; i++) keep_registers(of[group][i]);
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int group = 0; group < own_groups; group++)
+#pragma unroll
+            for (int sum = 0; sum < own_sums; sum++)
+#pragma unroll
+                for (int i = 0; i < COLUMNS / 2; i++) of[group][sum][i] = 0;
+    }
+    // Starts to add the products of a panel: of slice i to sum i % SPLITS of the result.
+    __device__ __forceinline__ void add(u64 weight, u64 x, u32 part_bytes) {
+#pragma unroll
+        for (int i = 0; i < slices * own_sums / SPLITS; i++)
+#pragma unroll
+            for (int group = 0; group < own_groups; group++) {
+                const u32 distance = group % parts * part_bytes + group / parts * group_rows * row_bytes;
+                const u32 slice = (i / own_sums * SPLITS + i % own_sums) * slice_bytes;
+                wgmma_shared<scalar_t, COLUMNS, false>(of[group][i % own_sums], operand_at(weight, distance + slice),
+                                                       operand_at(x, slice), true);
+            }
+    }
+    // Adds up this warpgroup's sums of each result, in the first of them.
+    __device__ __forceinline__ void total() {
+#pragma unroll
+        for (int group = 0; group < own_groups; group++)
+#pragma unroll
+            for (int n = 1; n < own_sums; n *= 2)
+#pragma unroll
+                for (int sum = 0; sum < own_sums; sum += 2 * n)
+#pragma unroll
+                    for (int i = 0; i < COLUMNS / 2; i++) of[group][sum][i] += of[group][sum + n][i];
+    }
+    // Adds the totals of the second warpgroup to those of the first.
+    __device__ __forceinline__ void join(float* exchange) {
+        const int thread = threadIdx.x % warpgroup_threads;
+#pragma unroll
+        for (int group = 0; group < own_groups; group++)
+#pragma unroll
+            for (int first = 0; first < COLUMNS / 2; first += exchanged) {
+                named_barrier_sync(joining, warpgroups * warpgroup_threads);  // those before have been read
+                if (warpgroup_id() == 1)
+#pragma unroll
+                    for (int i = 0; i < exchanged; i++)
+                        exchange[i * warpgroup_threads + thread] = of[group][0][first + i];
+                named_barrier_sync(joining, warpgroups * warpgroup_threads);
+                if (warpgroup_id() == 0)
+#pragma unroll
+                    for (int i = 0; i < exchanged; i++)
+                        of[group][0][first + i] += exchange[i * warpgroup_threads + thread];
+            }
+    }
+
+private:
+    static constexpr u32 joining = 1;  // the named barrier
+};
+
+// Adds the products of all steps of a piece, and gives the stages back. The panels of a stage are known to the compiler:
+// a stage's products are started without a branch among them.
+template <int panels>
+__device__ __forceinline__ void multiply(Sums& sums, Operands& operands, const Shape& shape) {
+    const u32 part_bytes = shape.part_bytes(), panel_bytes = shape.rows * row_bytes;
+#pragma unroll 1
+    for (int step = 0, steps = shape.steps_of_piece(); step < steps; step++) {
+        const u64 weight = operand_at(operands.weight, operands.offset), x = operand_at(operands.x, operands.offset);
+        const u32 full = operands.barrier;
+        barrier_wait(full, operands.parity);
+        sums.keep();
+        wgmma_fence();
+#pragma unroll
+        for (int panel = 0; panel < panels; panel++)
+            sums.add(operand_at(weight, panel * panel_bytes), operand_at(x, panel * COLUMNS * row_bytes), part_bytes);
+        wgmma_commit();
+        operands.advance();
+        wgmma_wait<0>();
+        if (lane_id() == 0) barrier_arrive(full + 8);
+    }
+    sums.keep();
+}
+
+__device__ __forceinline__ void multiply(Sums& sums, Operands& operands, const Shape& shape) {
+    if (shape.panels == 1) multiply<1>(sums, operands, shape);
+    else if (shape.panels == 2) multiply<2>(sums, operands, shape);
+    else if (shape.panels == 4) multiply<4>(sums, operands, shape);
+    else multiply<8>(sums, operands, shape);
+}
+
 // This thread has two rows of each group, and of them an even and an odd column of each 8.
 __device__ __forceinline__ int row_of_thread(int group, int half) {
-    return group / parts * group_rows + half * 8 + warp_id() * 16 + lane_id() / 4;
+    const int first = rows_are_shared_out ? warpgroup_id() * (own_groups / parts * group_rows) : 0;
+    return first + group / parts * group_rows + half * 8 + warp_id() % 4 * 16 + lane_id() / 4;
 }
 __device__ __forceinline__ int column_of_thread(int i) { return i / 2 * 8 + lane_id() % 4 * 2 + i % 2; }
 __device__ __forceinline__ constexpr int place_in_sums(int half, int column) {
@@ -206,12 +297,12 @@ __device__ __forceinline__ constexpr int place_in_sums(int half, int column) {
 // The bias of this thread's rows of a piece. Loaded ahead of the products where there are registers for it.
 struct Bias {
     static constexpr bool early = COLUMNS < 64;
-    float of[GROUPS][2] = {};
+    float of[own_groups][2] = {};
 
     __device__ __forceinline__ void load(const scalar_t* bias, int first_row, const Shape& shape) {
         if (bias == nullptr) return;
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++)
+        for (int group = 0; group < own_groups; group++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = first_row + row_of_thread(group, half);
@@ -228,15 +319,15 @@ struct Output {
     float limit;
 };
 
-// The value of y in row `row` of the piece, from the sums of its group (and, GATED, the next one).
+// A value of y, from the totals of a group (and, GATED, the next one).
 template <Activation kind>
 __device__ __forceinline__ float result(const Sums& sums, const Bias& bias, const Output& out, int group, int half,
                                         int column) {
     const int i = place_in_sums(half, column);
-    const float sum = sums.total(group, i) + bias.of[group][half];
+    const float sum = sums.of[group][0][i] + bias.of[group][half];
     if constexpr (parts == 1) return sum;
     const float gate = rounded<scalar_t>(sum);
-    const float up = rounded<scalar_t>(sums.total(group + parts - 1, i) + bias.of[group + parts - 1][half]);
+    const float up = rounded<scalar_t>(sums.of[group + parts - 1][0][i] + bias.of[group + parts - 1][half]);
     return rounded<scalar_t>(activated<kind>(clamped_gate(gate, out.limit))) * clamped_up(up, out.limit);
 }
 
@@ -248,7 +339,7 @@ __device__ __forceinline__ void store(const Sums& sums, const Bias& bias, const 
         if (column_of_thread(i) >= shape.m) continue;
         const i64 first = column_of_thread(i) * out.y_stride + first_row;
 #pragma unroll
-        for (int group = 0; group < GROUPS; group += parts)
+        for (int group = 0; group < own_groups; group += parts)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = row_of_thread(group, half);
@@ -288,53 +379,36 @@ stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant_
     pdl_launch_dependents();
     const Shape shape{m, n, k_panels, rows, panels, stages};
     const Ring ring(shared_bytes, shape);
-    const int pieces = shape.pieces_of_block(), steps_of_piece = shape.steps_of_piece();
+    const int pieces = shape.pieces_of_block(), steps = pieces * shape.steps_of_piece();
     if (warp_id() == multiplying_warps) {
         const Copies copies{weight_map, x_map, shape, ring};
-        Place at{0};
         if (lane_id() == 0) {
             tensor_map_prefetch(weight_map);
             init_barriers(ring, stages);
-            at = begin_copies(copies, pieces * steps_of_piece, prefetched);
+            begin_copies(copies, steps, prefetched);
             tensor_map_prefetch(x_map);
         }
         __syncthreads();
         pdl_wait();
-        if (lane_id() == 0) go_on_copying(copies, pieces * steps_of_piece, at);
+        if (lane_id() == 0) go_on_copying(copies, steps);
         return;
     }
 
     __syncthreads();
     const Output out{y, y_stride, float_out, activation, limit};
     Sums sums;
-    int stage = 0, before = 0;
-    u32 parity = 0;
+    Operands operands(ring, shape);
     for (int piece = 0, first_row = blockIdx.x * rows; piece < pieces; piece++, first_row += shape.piece_distance()) {
         Bias bias_of_rows;
         if (Bias::early) bias_of_rows.load(bias, first_row, shape);
         if (piece == 0) pdl_wait();
         sums.clear();
-#pragma unroll 1
-        for (int step = 0; step < steps_of_piece; step++) {
-            u64 weight = matrix_descriptor(ring.weight(stage, shape), 16, 8 * row_bytes);
-            u64 x_panel = matrix_descriptor(ring.x(stage, shape), 16, 8 * row_bytes);
-            barrier_wait(ring.full(stage), parity);
-#pragma unroll 1
-            for (int panel = 0; panel < panels; panel++) {
-                sums.add(weight, x_panel, shape);
-                wgmma_wait<overlapping ? 1 : 0>();
-                // The products of the stage before have ended now.
-                if (overlapping && panel == 0 && step > 0 && lane_id() == 0) barrier_arrive(ring.empty(before));
-                weight = operand_at(weight, rows * row_bytes);
-                x_panel = operand_at(x_panel, COLUMNS * row_bytes);
-            }
-            if (!overlapping && lane_id() == 0) barrier_arrive(ring.empty(stage));
-            before = stage;
-            if (++stage == stages) stage = 0, parity ^= 1;
+        multiply(sums, operands, shape);
+        sums.total();
+        if (!rows_are_shared_out) {
+            sums.join(ring.exchange());
+            if (warpgroup_id() == 1) continue;
         }
-        wgmma_wait<0>();
-        if (overlapping && lane_id() == 0) barrier_arrive(ring.empty(before));
-        sums.keep();
         if (!Bias::early) bias_of_rows.load(bias, first_row, shape);
         store(sums, bias_of_rows, out, first_row, shape);
     }

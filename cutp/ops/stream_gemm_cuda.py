@@ -26,15 +26,15 @@ GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
 GATED_MAX_M = 16
 """The most rows of x of `stream_gemm_gated`: beyond, a block's sums take as long to activate as a kernel of its own."""
 
-RING_BYTES = 100 * 1024
+RING_BYTES = 101 * 1024
 WIDE_RING_BYTES = 110 * 1024
 """Shared memory of a block: two blocks and a small kernel's fit into a multiprocessor. With more than 32 columns a
 stage is large, and three of them are worth more than the small kernel."""
 
 STAGE_BYTES = 16 * 1024
-"""A stage holds as many panels as fit into this, but at least one."""
+"""A stage holds as many panels of the weight as fit into this, but at least one; and x beside them."""
 
-_THREADS = 160
+_THREADS = 288
 _MULTIPROCESSORS = 132  # of the GPU that the choices are made for; others get the same bits, if not the best speed
 _PANEL_LENGTH, _ROW_BYTES = ROW_ELEMENTS, 2 * ROW_ELEMENTS
 _GROUP_ROWS = 64
@@ -42,6 +42,7 @@ _GROUP_ROWS = 64
 _GROUPS = {4: 1, 2: 2, 1: 4}
 _GATED_GROUPS = {4: 2, 2: 2, 1: 4}
 _MAX_PANELS = 8
+_LEAST_STAGES = 3  # while a stage has more than one panel
 _BARRIER_BYTES = 16  # of a stage
 _MAX_SIZE = 2**30  # of N and K: the kernel counts in 32 bits
 # Bytes per nanosecond that the GPU reads from memory, from L2 in all, and into one multiprocessor.
@@ -126,12 +127,18 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     groups = (_GATED_GROUPS if gated else _GROUPS)[splits]
     pieces = -(-n // rows)
     passes = -(-pieces // _MULTIPROCESSORS)
-    panels = _panels(rows, columns, parts, k, stage_bytes)
-    stage = _stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES
-    tail = _tail_bytes(rows, columns, parts, groups, panels)
+    ring_bytes = ring_bytes or _ring_bytes(columns)
+    # A power of two, as the number of panels in K mostly is.
+    panels = 1
+    while (2 * panels <= min(_MAX_PANELS, -(-k // _PANEL_LENGTH))
+           and _stage_bytes(rows, 0, parts, 2 * panels) <= stage_bytes
+           and _stages(rows, columns, parts, groups, 2 * panels, ring_bytes) >= _LEAST_STAGES):
+        panels *= 2
     steps = passes * -(-k // (panels * _PANEL_LENGTH))
-    stages = max(2, min(((ring_bytes or _ring_bytes(columns)) - tail) // stage, steps))
-    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, stages * stage + tail)
+    stages = max(2, min(_stages(rows, columns, parts, groups, panels, ring_bytes), steps))
+    shared = stages * (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
+    shared += _bytes_behind(rows, columns, parts, groups, panels)
+    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, shared)
 
 
 @lru_cache(maxsize=4096)
@@ -146,8 +153,7 @@ def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
     """Rows of each part in a piece: a multiple of 8 of which the ring holds three stages."""
     columns, most = _columns(m), groups // parts * _GROUP_ROWS
     fits = [rows for rows in range(8, min(most, -(-n // 8) * 8) + 1, 8)
-            if 3 * (_stage_bytes(rows, columns, parts, 1) + _BARRIER_BYTES)
-            + _tail_bytes(rows, columns, parts, groups, 1) <= _ring_bytes(columns)]
+            if _stages(rows, columns, parts, groups, 1, _ring_bytes(columns)) >= _LEAST_STAGES]
     return min(fits, key=lambda rows: (_time(n, m, rows, parts), -rows))
 
 
@@ -167,23 +173,21 @@ def _time(n: int, m: int, rows: int, parts: int) -> float:
     return longest + 0.25 * of_block / _MULTIPROCESSOR_RATE
 
 
-def _panels(rows: int, columns: int, parts: int, k: int, stage_bytes: int) -> int:
-    """Panels of a stage: a power of two, as the number of panels in K mostly is."""
-    panels = 1
-    while (2 * panels <= _MAX_PANELS and 2 * panels <= -(-k // _PANEL_LENGTH)
-           and _stage_bytes(rows, columns, parts, 2 * panels) <= stage_bytes):
-        panels *= 2
-    return panels
-
-
 def _stage_bytes(rows: int, columns: int, parts: int, panels: int) -> int:
     return panels * (parts * rows + columns) * _ROW_BYTES
 
 
-def _tail_bytes(rows: int, columns: int, parts: int, groups: int, panels: int) -> int:
-    """How far the last operand of the last stage reaches beyond it."""
-    reach = (groups // parts * _GROUP_ROWS - rows) * _ROW_BYTES
-    return max(0, reach - panels * columns * _ROW_BYTES)
+def _stages(rows: int, columns: int, parts: int, groups: int, panels: int, ring_bytes: int) -> int:
+    """How many stages fit into `ring_bytes`, with what else is there."""
+    available = ring_bytes - _bytes_behind(rows, columns, parts, groups, panels)
+    return available // (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
+
+
+def _bytes_behind(rows: int, columns: int, parts: int, groups: int, panels: int) -> int:
+    """Shared memory behind the stages but the barriers: what the last operand reaches into, and where one warpgroup
+    gives the other its sums, if the two have not rows of their own."""
+    reach = (groups // parts * _GROUP_ROWS - rows) * _ROW_BYTES - panels * columns * _ROW_BYTES
+    return max(0, reach) + (min(columns // 2, 8) * 4 * 128 if groups == parts else 0)
 
 
 def _ring_bytes(columns: int) -> int:

@@ -398,6 +398,8 @@ class EmulatorBackend:
     files are (another folder than cutp/ops holds changed ones). `launches` counts calls.
     """
 
+    capability: tuple[int, int] | None = None
+
     def __init__(self, order_seed: int | None = None, directory: Path = OPS_DIRECTORY):
         self.order_seed, self.directory = order_seed, directory
         self.launches = 0

@@ -25,7 +25,7 @@ def cuda(request, monkeypatch):
     from cutp.array.device import DeviceRef
     from cutp.comm.device_mapping import Placement
     from cutp.engine import llm, loading
-    from cutp.ops import dispatch
+    from cutp.ops import product_choice
 
     with emulated_device(monkeypatch) as memory:
         monkeypatch.setattr(llm, "place_rank", lambda name, comm: Placement(
@@ -34,7 +34,7 @@ def cuda(request, monkeypatch):
         monkeypatch.setattr(loading, "Stream", nullcontext)
         monkeypatch.setattr(loading, "device_info", lambda: SimpleNamespace(multiprocessors=2))
         # The kernel for few rows takes most of the time here; it has tests of its own.
-        monkeypatch.setattr(dispatch, "_SKINNY_ROWS", 0)
+        monkeypatch.setattr(product_choice, "_SKINNY_ROWS", 0)
         yield "emulated"
 
 

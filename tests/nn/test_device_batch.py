@@ -85,7 +85,7 @@ def test_attention(memory, name, options, dtype):
 @pytest.mark.parametrize("dtype", [float32, bfloat16])
 @pytest.mark.parametrize("name", ["mixed", "prompts"])
 def test_attention_on_hopper(memory, monkeypatch, name, dtype):
-    monkeypatch.setattr(backend(), "capability", (9, 0), raising=False)
+    monkeypatch.setattr(backend(), "capability", (9, 0))
     check_attention(memory, name, {"window": 33}, dtype, 2 if dtype == float32 else 4)
 
 

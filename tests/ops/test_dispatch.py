@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cutp.array.kernel import backend
 from cutp.array.scratch import Scratch
-from cutp.ops import dispatch, skinny_gemm_cuda
+from cutp.ops import dispatch, product_choice, skinny_gemm_cuda, stream_gemm_cuda
 from tests.device_arrays import DeviceArray, emulated_device
 from tests.emulation.emulator import needs_compiler
 
@@ -86,9 +87,50 @@ def test_linear_takes_the_skinny_kernel_for_few_rows(up, monkeypatch):
     for rows in (1, 8, 9):
         dispatch.linear(up(values(0, rows, WIDTH)), up(values(1, 8, WIDTH)))
     assert calls == [1, 8]
-    monkeypatch.setattr(dispatch, "_SKINNY_BYTES", 8 * WIDTH * 4 - 1)
+    monkeypatch.setattr(product_choice, "_SKINNY_BYTES", 8 * WIDTH * 4 - 1)
     dispatch.linear(up(values(0, 1, WIDTH)), up(values(1, 8, WIDTH)))
     assert calls == [1, 8]  # not for a large weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("options", [{}, {"name": "gelu_tanh"}, {"name": "gelu"}, {"limit": 4.0}, {"rows": 20},
+                                     {"bias": True}])
+def test_gated_linear(up, monkeypatch, dtype, hopper, options):
+    monkeypatch.setattr(backend(), "capability", (9, 0) if hopper else None)
+    rows, name, limit = options.get("rows", 3), options.get("name", "silu"), options.get("limit")
+    x, w = values(1, rows, WIDTH, dtype=dtype), values(2, 48, WIDTH, dtype=dtype)
+    b = values(3, 48, dtype=dtype) if "bias" in options else None
+    expected = dispatch.gated_linear(x, w.astype(np.float32), b if b is None else b.astype(np.float32), name,
+                                     limit=limit)
+    assert_close(dispatch.gated_linear(up(x), up(w), b if b is None else up(b), name, limit=limit), expected, dtype)
+
+
+def test_the_streaming_kernel_is_for_hopper(up, monkeypatch):
+    calls = []
+    monkeypatch.setattr(stream_gemm_cuda, "stream_gemm", lambda x, *args, **kw: calls.append(("plain", *x.shape)))
+    monkeypatch.setattr(stream_gemm_cuda, "stream_gemm_gated", lambda x, *args, **kw: calls.append(("gated", *x.shape)))
+
+    def run(x, w=None, name="silu"):
+        calls.clear()
+        w = up(values(1, 16, x.shape[1], dtype=x.dtype)) if w is None else w
+        dispatch.linear(x, w)
+        dispatch.gated_linear(x, w, None, name)
+        return list(calls)
+
+    def x(rows, width=WIDTH, dtype=bfloat16):
+        return up(values(0, rows, width, dtype=dtype))
+
+    assert run(x(3)) == []
+    monkeypatch.setattr(backend(), "capability", (9, 0))
+    assert run(x(3)) == [("plain", 3, WIDTH), ("gated", 3, WIDTH)]
+    assert run(x(3, dtype=float16)) == [("plain", 3, WIDTH), ("gated", 3, WIDTH)]
+    assert run(x(3), name="gelu") == [("plain", 3, WIDTH)] * 2
+    assert run(x(20)) == [("plain", 20, WIDTH)] * 2
+    for other in (x(100), x(3, dtype=float32), x(3, width=WIDTH + 8)):
+        assert run(other) == [], (other.shape, other.dtype)
+    with dispatch.row_invariant(True):
+        assert run(x(3)) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
