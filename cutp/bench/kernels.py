@@ -20,6 +20,7 @@ import numpy as np
 from cutp.array import cuda
 from cutp.array.dtypes import bfloat16
 from cutp.array.gemm import linear
+from cutp.array.kernel import runs_on
 from cutp.bench.limits import Limits, normal
 from cutp.bench.timing import copies_beyond_cache, microseconds
 from cutp.ops.activation_cuda import gated_activation
@@ -50,6 +51,7 @@ from cutp.ops.rotary_cuda import rotary_kv_write
 from cutp.ops.sampling import SamplingRows
 from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, greedy, passes_needed, sample
 from cutp.ops.skinny_gemm_cuda import skinny_gemm
+from cutp.ops.stream_gemm_cuda import stream_gemm
 
 DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, PAGE = 4096, 32, 8, 128, 14336, 128256, 64
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -131,7 +133,7 @@ def row_cases() -> Iterator[Case]:
 
 
 def gemm_cases(limits: Limits) -> Iterator[Case]:
-    """The skinny GEMM, and cuBLASLt beside it, on the matrices of a layer and the head."""
+    """The GEMMs for few rows, and cuBLASLt beside them, on the matrices of a layer and the head."""
     cupy = cuda.cupy()
     for name, (n, k) in MATRICES.items():
         for m in BATCHES:
@@ -139,12 +141,18 @@ def gemm_cases(limits: Limits) -> Iterator[Case]:
                 x, w, out = normal((m, k)), normal((n, k)), cupy.empty((m, n), bfloat16)
                 return lambda: skinny_gemm(x, w, out=out)
 
+            def streamed(n=n, k=k, m=m):
+                x, w, out = normal((m, k)), normal((n, k)), cupy.empty((m, n), bfloat16)
+                return lambda: stream_gemm(x, w, out=out, pdl=True)
+
             def cublas(n=n, k=k, m=m):
                 x, w, out = normal((m, k)), normal((n, k)), cupy.empty((m, n), bfloat16)
                 return lambda: linear(x, w, out, workspace=limits.workspace)
 
             moved = 2.0 * (n * k + m * k + m * n)
             yield Case("skinny_gemm", f"{name} {n}x{k} M={m}", moved, ours)
+            if runs_on((9, 0)):
+                yield Case("stream_gemm", f"{name} {n}x{k} M={m}", moved, streamed)
             yield Case("cuBLASLt", f"{name} {n}x{k} M={m}", moved, cublas)
 
 

@@ -22,9 +22,9 @@ _STREAM_DTYPES = ("bfloat16", "float16")
 _SKINNY_ROWS = 8
 _SKINNY_BYTES = 150 << 20
 
-# The streaming kernel: its weights arrive while the kernel before is still at work. From more rows on, x, which every
-# block reads, weighs more than that.
-_STREAM_ROWS = 32
+# The streaming kernel: its weights arrive while the kernel before is still at work. With more rows a whole step is
+# faster by the library (NOTES.md).
+_STREAM_ROWS = 8
 
 
 class Kernel(Enum):
@@ -47,7 +47,7 @@ def kernel_for(x: Any, weight: Any) -> Kernel:
 
 def gates_in_product(x: Any, weight: Any, activation: str) -> bool:
     """Whether act(gate) * up is best computed by the product of gate and up itself."""
-    return (x.shape[0] <= stream_gemm_cuda.GATED_MAX_M and runs_on(_HOPPER) and _can_stream(x, weight)
+    return (x.shape[0] <= _STREAM_ROWS and runs_on(_HOPPER) and _can_stream(x, weight)
             and activation_name(activation) in stream_gemm_cuda.GATED_ACTIVATIONS)
 
 

@@ -1,13 +1,13 @@
-// y[M,N] = x[M,K] W[N,K]^T (+ bias[N]) for few rows of x on Hopper, at the rate at which W can be read, and so made that
-// products that follow each other overlap: the weights of the next are on their way before its x exists.
+// y[M,N] = x[M,K] W[N,K]^T (+ bias[N]) for few rows of x on Hopper, at the rate at which W can be read, and so made
+// that products that follow each other overlap: the weights of the next are on their way before its x exists.
 // Specification: linear.py.
 //
 // A block, of which there is at most one per multiprocessor, streams pieces of `rows` rows of W, and x beside them,
-// through a ring of stages in shared memory; a stage holds `panels` panels of 64 elements of K of both. One thread starts
-// the copies, one for W and one for x in each stage, and runs ahead as far as the ring is long, over the borders of
-// pieces; two warpgroups multiply, W being the operand with 64 rows per instruction, the rows of x the columns of the
-// product. They give a stage back as soon as they are done with it: they are faster than memory, since one starts
-// products while the other waits for its own. The ring is filled with weights before the kernel before has ended (`pdl_wait`), and since each kernel lets
+// through a ring of stages in shared memory; a stage holds `panels` panels of 64 elements of K of both. One thread
+// starts the copies, one for W and one for x in each stage, and runs ahead as far as the ring is long, over the borders
+// of pieces; two warpgroups multiply, W being the operand with 64 rows per instruction, the rows of x the columns of
+// the product. They wait for the products of a stage and give it back at once: together they are much faster than
+// memory. The ring is filled with weights before the kernel before has ended (`pdl_wait`), and since each kernel lets
 // the next one start at once, while there is shared memory left for it, memory is never idle between the two.
 //
 // Where `rows` is no multiple of 64, the last group of an operand reaches into what follows in shared memory; the rows
@@ -95,6 +95,14 @@ struct Ring {
     }
 };
 
+// Barriers' arrivals: one copying thread, and a lane of each multiplying warp.
+__device__ __forceinline__ void init_barriers(const Ring& ring, int stages) {
+#pragma unroll 1
+    for (int stage = 0; stage < stages; stage++)
+        barrier_init(ring.full(stage), 1), barrier_init(ring.empty(stage), multiplying_warps);
+    barrier_init_fence();
+}
+
 // ---- copies, by one thread
 
 // What the next copy brings: rows of W from `row` on, panels of K from `panel` on.
@@ -176,8 +184,7 @@ struct Operands {
     __device__ __forceinline__ Operands(const Ring& ring, const Shape& shape)
         : stage_bytes(shape.stage_bytes()), ring_bytes(shape.stages * stage_bytes), barrier(ring.full(0)),
           first_barrier(barrier) {
-        // The first of its rows, or of its slices. The shuffle tells the compiler that the operands are those of a whole
-        // warp, and belong into registers of warps.
+        // The first of its rows, or of its slices. The shuffle tells the compiler that all lanes have the same.
         const u32 warpgroup = shuffle(warpgroup_id(), 0);
         const u32 row = rows_are_shared_out ? warpgroup * (own_groups / parts * group_rows * row_bytes) : 0;
         const u32 slice = rows_are_shared_out ? 0 : warpgroup * (own_sums * slice_bytes);
@@ -195,17 +202,13 @@ struct Sums {
 
     __device__ __forceinline__ void keep() {
 #pragma unroll
-        for (int group = 0; group < own_groups; group++)
-#pragma unroll
-            for (int i = 0; i < own_sums; i++) keep_registers(of[group][i]);
+        for (int i = 0; i < own_groups * own_sums; i++) keep_registers(of[i / own_sums][i % own_sums]);
     }
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int group = 0; group < own_groups; group++)
+        for (int i = 0; i < own_groups * own_sums; i++)
 #pragma unroll
-            for (int sum = 0; sum < own_sums; sum++)
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 2; i++) of[group][sum][i] = 0;
+            for (int value = 0; value < COLUMNS / 2; value++) of[i / own_sums][i % own_sums][value] = 0;
     }
     // Starts to add the products of a panel: of slice i to sum i % SPLITS of the result.
     __device__ __forceinline__ void add(u64 weight, u64 x, u32 part_bytes) {
@@ -221,41 +224,36 @@ struct Sums {
     }
     // Adds up this warpgroup's sums of each result, in the first of them.
     __device__ __forceinline__ void total() {
+        static_assert(own_sums <= 2, "a longer sum");
+        if constexpr (own_sums == 2)
 #pragma unroll
-        for (int group = 0; group < own_groups; group++)
+            for (int group = 0; group < own_groups; group++)
 #pragma unroll
-            for (int n = 1; n < own_sums; n *= 2)
-#pragma unroll
-                for (int sum = 0; sum < own_sums; sum += 2 * n)
-#pragma unroll
-                    for (int i = 0; i < COLUMNS / 2; i++) of[group][sum][i] += of[group][sum + n][i];
+                for (int i = 0; i < COLUMNS / 2; i++) of[group][0][i] += of[group][1][i];
     }
-    // Adds the totals of the second warpgroup to those of the first.
+    // Adds the totals of the second warpgroup to those of the first, by named barrier 1.
     __device__ __forceinline__ void join(float* exchange) {
         const int thread = threadIdx.x % warpgroup_threads;
 #pragma unroll
         for (int group = 0; group < own_groups; group++)
 #pragma unroll
             for (int first = 0; first < COLUMNS / 2; first += exchanged) {
-                named_barrier_sync(joining, warpgroups * warpgroup_threads);  // those before have been read
+                named_barrier_sync(1, warpgroups * warpgroup_threads);  // those before have been read
                 if (warpgroup_id() == 1)
 #pragma unroll
                     for (int i = 0; i < exchanged; i++)
                         exchange[i * warpgroup_threads + thread] = of[group][0][first + i];
-                named_barrier_sync(joining, warpgroups * warpgroup_threads);
+                named_barrier_sync(1, warpgroups * warpgroup_threads);
                 if (warpgroup_id() == 0)
 #pragma unroll
                     for (int i = 0; i < exchanged; i++)
                         of[group][0][first + i] += exchange[i * warpgroup_threads + thread];
             }
     }
-
-private:
-    static constexpr u32 joining = 1;  // the named barrier
 };
 
-// Adds the products of all steps of a piece, and gives the stages back. The panels of a stage are known to the compiler:
-// a stage's products are started without a branch among them.
+// Adds the products of all steps of a piece, and gives the stages back. `panels` is known to the compiler, which starts
+// a stage's products without a branch among them.
 template <int panels>
 __device__ __forceinline__ void multiply(Sums& sums, Operands& operands, const Shape& shape) {
     const u32 part_bytes = shape.part_bytes(), panel_bytes = shape.rows * row_bytes;
@@ -294,20 +292,17 @@ __device__ __forceinline__ constexpr int place_in_sums(int half, int column) {
     return column / 2 * 4 + half * 2 + column % 2;
 }
 
-// The bias of this thread's rows of a piece. Loaded ahead of the products where there are registers for it.
+// The bias of this thread's rows of a piece.
 struct Bias {
-    static constexpr bool early = COLUMNS < 64;
     float of[own_groups][2] = {};
 
     __device__ __forceinline__ void load(const scalar_t* bias, int first_row, const Shape& shape) {
         if (bias == nullptr) return;
 #pragma unroll
-        for (int group = 0; group < own_groups; group++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = first_row + row_of_thread(group, half);
-                if (row < shape.n) of[group][half] = to_float(bias[group % parts * shape.n + row]);
-            }
+        for (int i = 0; i < own_groups * 2; i++) {
+            const int group = i / 2, half = i % 2, row = first_row + row_of_thread(group, half);
+            if (row < shape.n) of[group][half] = to_float(bias[group % parts * shape.n + row]);
+        }
     }
 };
 
@@ -357,25 +352,15 @@ __device__ __forceinline__ void store(const Sums& sums, const Bias& bias, const 
     else store<GELU_TANH>(sums, bias, out, first_row, shape);
 }
 
-// Barriers' arrivals: one copying thread, and a lane of each multiplying warp.
-__device__ __forceinline__ void init_barriers(const Ring& ring, int stages) {
-#pragma unroll 1
-    for (int stage = 0; stage < stages; stage++) {
-        barrier_init(ring.full(stage), 1);
-        barrier_init(ring.empty(stage), multiplying_warps);
-    }
-    barrier_init_fence();
-}
-
-// weight_map: of W [parts * n, k] seen as [k / 64, parts * n, 64], boxes of [panels, rows, 64]; x_map: of x [m, k] in the
-// same way, boxes of [panels, COLUMNS, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart, float if
-// `float_out`. k_panels: k / 64. activation (SILU or GELU_TANH) and limit: of GATED. prefetched: how many steps behind
-// those of the ring are brought into L2 meanwhile. shared_bytes: the size of the dynamic shared memory. Two blocks fit
-// into a multiprocessor, so that the next product's can be there.
+// weight_map: of W [parts * n, k] seen as [k / 64, parts * n, 64], boxes of [panels, rows, 64]; x_map: of x [m, k] in
+// the same way, boxes of [panels, COLUMNS, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart,
+// float if `float_out`. k_panels: k / 64. panels: 1, 2, 4 or 8. activation (SILU or GELU_TANH) and limit: of GATED.
+// prefetched: how many steps behind those of the ring are brought into L2 meanwhile. shared_bytes: the size of the
+// dynamic shared memory. Two blocks fit into a multiprocessor, so that the next product's can be there.
 extern "C" __global__ void __launch_bounds__(threads, 2)
 stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
-            const scalar_t* bias, void* y, int m, int n, int k_panels, i64 y_stride, int float_out, int rows, int panels,
-            int stages, int shared_bytes, int prefetched, int activation, float limit) {
+            const scalar_t* bias, void* y, int m, int n, int k_panels, i64 y_stride, int float_out, int rows,
+            int panels, int stages, int shared_bytes, int prefetched, int activation, float limit) {
     pdl_launch_dependents();
     const Shape shape{m, n, k_panels, rows, panels, stages};
     const Ring ring(shared_bytes, shape);
@@ -400,8 +385,8 @@ stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant_
     Operands operands(ring, shape);
     for (int piece = 0, first_row = blockIdx.x * rows; piece < pieces; piece++, first_row += shape.piece_distance()) {
         Bias bias_of_rows;
-        if (Bias::early) bias_of_rows.load(bias, first_row, shape);
-        if (piece == 0) pdl_wait();
+        bias_of_rows.load(bias, first_row, shape);
+        if (piece == 0) pdl_wait();  // rather than polling for x, which comes after it
         sums.clear();
         multiply(sums, operands, shape);
         sums.total();
@@ -409,7 +394,6 @@ stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant_
             sums.join(ring.exchange());
             if (warpgroup_id() == 1) continue;
         }
-        if (!Bias::early) bias_of_rows.load(bias, first_row, shape);
         store(sums, bias_of_rows, out, first_row, shape);
     }
 }

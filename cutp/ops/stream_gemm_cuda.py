@@ -26,10 +26,11 @@ GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
 GATED_MAX_M = 16
 """The most rows of x of `stream_gemm_gated`: beyond, a block's sums take as long to activate as a kernel of its own."""
 
-RING_BYTES = 101 * 1024
+RING_BYTES = 90 * 1024
 WIDE_RING_BYTES = 110 * 1024
-"""Shared memory of a block: two blocks and a small kernel's fit into a multiprocessor. With more than 32 columns a
-stage is large, and three of them are worth more than the small kernel."""
+"""Shared memory of a block: two blocks and small kernels between them fit into a multiprocessor (a step of decoding is
+2 % slower with 103 KB, NOTES.md). With more than 32 columns a stage is large, and three of them are worth more than the
+small kernels."""
 
 STAGE_BYTES = 16 * 1024
 """A stage holds as many panels of the weight as fit into this, but at least one; and x beside them."""
@@ -46,7 +47,7 @@ _LEAST_STAGES = 3  # while a stage has more than one panel
 _BARRIER_BYTES = 16  # of a stage
 _MAX_SIZE = 2**30  # of N and K: the kernel counts in 32 bits
 # Bytes per nanosecond that the GPU reads from memory, from L2 in all, and into one multiprocessor.
-_MEMORY_RATE, _L2_RATE, _MULTIPROCESSOR_RATE = 4200, 5600, 90
+_MEMORY_RATE, _L2_RATE, _MULTIPROCESSOR_RATE = 4200, 8000, 65
 
 
 @dataclass(frozen=True)

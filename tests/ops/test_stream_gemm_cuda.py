@@ -204,6 +204,20 @@ def test_what_is_not_finite_stays_in_its_row_and_column(device, dtype):
         np.testing.assert_array_equal(got[~affected], clean[~affected])
 
 
+def test_limits_on_all_sides(device):
+    # Row r of the gates is r - 5 times the sum of x, and of the ups as well, in another order.
+    factors = np.arange(-5, 6, dtype=np.float32)
+    weight = np.zeros((22, 64), np.float32)
+    weight[:11, 0], weight[11:, 0] = factors, factors[::-1]
+    x = np.zeros((2, 64), bfloat16)
+    x[:, 0] = 1, 0.5
+    gate_up = (x.astype(np.float32) @ weight.T).astype(bfloat16)
+    got = run_gated(device, x, weight.astype(bfloat16), limit=2.0).astype(np.float32)
+    assert_same_bits(got.astype(bfloat16), activated(device, gate_up, "silu", 2.0))
+    # A gate is bounded above alone, an up on both sides: silu(2) * -2, silu(-5) * 2.
+    np.testing.assert_allclose(got[0, [10, 0]], [2 / (1 + np.exp(-2)) * -2, -5 / (1 + np.exp(5)) * 2], rtol=0.02)
+
+
 def test_a_gate_of_nan_is_not_clamped(device):
     x, weight = np.ones((1, 64), bfloat16), np.ones((32, 64), bfloat16)
     weight[3], weight[20] = np.nan, np.nan
@@ -325,12 +339,13 @@ def test_every_plan_is_declared_and_every_variant_planned():
 
 
 def test_plans_fit():
-    for gated, n, _, m, p in plans():
+    for gated, n, k, m, p in plans():
         parts = 2 if gated else 1
         assert p.columns >= m and p.rows % 8 == 0 and p.rows * parts <= 256
         assert p.groups // parts * 64 >= p.rows
         pieces = -(-n // p.rows)
-        assert p.grid <= min(132, pieces) and p.stages >= 2
+        steps = -(-pieces // p.grid) * -(-k // (64 * p.panels))
+        assert p.grid <= min(132, pieces) and p.stages >= max(2, min(3, steps)) and p.panels in (1, 2, 4, 8)
         # No block without a piece, and no block with two more than another.
         assert p.grid * -(-pieces // p.grid) - pieces < p.grid
         # Two blocks and a small kernel, with what the system takes for each, fit into a multiprocessor.
@@ -340,7 +355,8 @@ def test_plans_fit():
         stage = p.panels * (parts * p.rows + p.columns) * 128
         last_panel = (p.stages - 1) * stage + (p.panels - 1) * parts * p.rows * 128
         reach = last_panel + ((parts - 1) * p.rows + p.groups // parts * 64) * 128
-        assert max(reach, p.stages * stage) <= p.shared_bytes - 16 * p.stages
+        exchange = 0 if p.groups > parts else min(p.columns // 2, 8) * 4 * 128
+        assert max(reach, p.stages * stage) + exchange == p.shared_bytes - 16 * p.stages
 
 
 def test_the_sums_do_not_depend_on_m_nor_on_the_activation():
