@@ -62,7 +62,8 @@ def work(world, server: int) -> None:
         if piece["done"]:
             unfinished -= 1
             text = (QUESTIONS[piece["number"]] + answers[piece["number"]]).replace("\n", " ")
-            print(f"rank {world.rank}: {text}", flush=True)
+            # The end of the line with the line: it may be written at once, and other ranks print meanwhile.
+            print(f"rank {world.rank}: {text}\n", end="", flush=True)
     send(world, None, server, REQUEST)
 
 

@@ -2,11 +2,11 @@
 // asynchronous copies, tensor cores, programmatic dependent launch. All PTX of the project is in this file and, for
 // what only Hopper has, in hopper.cuh.
 //
-// A kernel file starts with #include "device.cuh", includes at most another header of this folder beside hopper.cuh,
-// contains no inline assembly, and defines `extern "C" __global__` functions; variants are selected by macros given on
-// the compiler's command line (-DDTYPE=BF16, F16 or F32 selects `scalar_t`). The same text then compiles under NVRTC
-// for sm_80 and later, and, with -DCUTP_EMULATION, under g++: emulation.h gives every function of the first part below
-// a second implementation that runs on the CPU.
+// A kernel file starts with #include "device.cuh", may include headers of this folder behind it, contains no inline
+// assembly, and defines `extern "C" __global__` functions; variants are selected by macros given on the compiler's
+// command line (-DDTYPE=BF16, F16 or F32 selects `scalar_t`). The same text then compiles under NVRTC for sm_80 and
+// later, and, with -DCUTP_EMULATION, under g++: emulation.h gives every function of the first part below a second
+// implementation that runs on the CPU.
 //
 // Conventions: blockDim.x is a multiple of 32; warp functions are called by all 32 lanes, block functions by all
 // threads of the block; "shared address" means the 32-bit address of `shared_address`.
