@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ class DevicePass(ModelRunner):
         for chunk in chunks:
             tokens.extend(chunk.request.tokens(chunk.start, chunk.stop))
         # A prompt's last token may be a chunk of its own, but all of a prompt goes through one kernel.
-        decodes = sum(bool(chunk.request.generated) for chunk in chunks) if self.batch_invariant else None
+        generating = takewhile(lambda chunk: bool(chunk.request.generated), chunks)
+        decodes = sum(1 for _ in generating) if self.batch_invariant else None
         batch = upload_batch(
             self.memory, self.shape, self.workspace, tokens,
             np.array([chunk.stop - chunk.start for chunk in chunks]), np.array([chunk.start for chunk in chunks]),

@@ -15,7 +15,6 @@ from cutp.ops import stream_gemm_cuda
 from cutp.ops.activation import activation_name
 
 _HOPPER = (9, 0)
-_STREAM_DTYPES = ("bfloat16", "float16")
 
 # Up to this many rows a product runs in the skinny kernel where its weight is below this size: there it is as fast as
 # the library or faster.
@@ -58,5 +57,6 @@ def _can_stream(x: Any, weight: Any) -> bool:
 @remembered
 def _fits_stream(x: Layout, weight: Layout) -> bool:
     apart = x.strides[0] if x.shape[0] > 1 else 0
-    return (x.dtype.name in _STREAM_DTYPES and x.shape[1] % 64 == 0 and apart % 16 == 0
+    return (x.dtype.name in stream_gemm_cuda.DTYPES and x.shape[1] % stream_gemm_cuda.PANEL_LENGTH == 0
+            and apart % 16 == 0
             and x.strides[1] == x.itemsize and weight.is_contiguous)

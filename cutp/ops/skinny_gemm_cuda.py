@@ -10,7 +10,8 @@ import numpy as np
 from cutp.array.kernel import launch
 from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import DTYPE_DEFINES
+from cutp.ops.launch_arguments import DTYPE_DEFINES, vector_width
+from cutp.ops.product_arguments import check_product, row_strides
 
 MAX_M = 64
 """The most rows of x; beyond, a product is worth a library's blocking over K."""
@@ -98,49 +99,9 @@ def _tile(n: int, m: int) -> tuple[int, int, int]:
 def _check(x: Layout, weight: Layout, bias: Layout | None, out: Layout) -> tuple[int, int, int, int, int]:
     """M, N, K, and the elements from one row of x, and of out, to the next; ConfigError, naming the argument, if an
     array does not fit."""
-    if x.dtype.name not in DTYPE_DEFINES:
-        raise ConfigError(f"skinny_gemm: x has dtype {x.dtype}; it needs {', '.join(DTYPE_DEFINES)}")
-    for name, array in (("x", x), ("weight", weight)):
-        if array.ndim != 2:
-            raise ConfigError(f"skinny_gemm: {name} has shape {array.shape}; it needs two axes")
-    (m, k), n = x.shape, weight.shape[0]
-    given = {"weight": (weight, (n, k)), "out": (out, (m, n))} | ({} if bias is None else {"bias": (bias, (n,))})
-    for name, (array, shape) in given.items():
-        if array.shape != shape:
-            raise ConfigError(f"skinny_gemm: {name} has shape {array.shape}; it needs {shape} for x of shape {x.shape}")
-        if array.dtype != x.dtype and not (name == "out" and array.dtype.name == "float32"):
-            raise ConfigError(f"skinny_gemm: {name} has dtype {array.dtype}, but x has {x.dtype}")
-    for name, array in (("weight", weight), *([] if bias is None else [("bias", bias)])):
-        if not array.is_contiguous:
-            raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} and strides {array.strides} "
-                              "is not contiguous")
-    if m > MAX_M:
-        raise ConfigError(f"skinny_gemm: x has {m} rows, more than {MAX_M}")
-    width = 16 // x.dtype.itemsize
+    m, n, k = check_product("skinny_gemm", x, weight, bias, out, dtypes=tuple(DTYPE_DEFINES), max_rows=MAX_M)
+    width = vector_width(x.dtype)
     if k % width or not 0 < k <= _MAX_STRIDE:
         raise ConfigError(f"skinny_gemm: x has rows of {k} {x.dtype} elements; their number must be a multiple of "
                           f"{width}, at least {width} and at most {_MAX_STRIDE}")
-    _check_rows("x", x, 16)
-    _check_rows("out", out, out.dtype.itemsize)
-    return m, n, k, _row_stride(x), _row_stride(out)
-
-
-def _check_rows(name: str, array: Layout, alignment: int) -> None:
-    """ConfigError unless each row is contiguous and the rows are apart, in order, by multiples of `alignment` bytes."""
-    if array.size == 0:
-        return
-    itemsize, columns = array.dtype.itemsize, array.shape[1]
-    if columns > 1 and array.strides[1] != itemsize:
-        raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} and strides {array.strides} "
-                          "has rows that are not contiguous")
-    apart = _row_stride(array) * itemsize
-    if array.shape[0] > 1 and (array.strides[0] != apart or apart < columns * itemsize or apart % alignment
-                               or apart > _MAX_STRIDE * itemsize):
-        raise ConfigError(f"skinny_gemm: {name} of shape {array.shape} has rows {array.strides[0]} bytes apart; they "
-                          f"must not overlap and lie a multiple of {alignment} bytes apart, "
-                          f"at most {_MAX_STRIDE} elements")
-
-
-def _row_stride(array: Layout) -> int:
-    """From one row to the next, in elements."""
-    return array.strides[0] // array.dtype.itemsize if array.shape[0] > 1 else array.shape[1]
+    return m, n, k, *row_strides("skinny_gemm", x, out, _MAX_STRIDE)

@@ -132,22 +132,14 @@ struct Copies {
     __device__ __forceinline__ void x(Place at, int stage) const {
         tensor_copy(ring.x(stage, shape), x_map, ring.full(stage), 0, 0, at.panel);
     }
-    __device__ __forceinline__ void prefetch(Place at) const {
-#pragma unroll
-        for (int part = 0; part < parts; part++) tensor_prefetch(weight_map, 0, at.row + part * shape.n, at.panel);
-    }
 };
 
-// Fills the ring with weights, and L2 with those of `prefetched` more steps: what may happen before the kernel before
-// has ended.
-__device__ __forceinline__ void begin_copies(const Copies& copies, int steps, int prefetched) {
+// Fills the ring with weights: what may happen before the kernel before has ended.
+__device__ __forceinline__ void begin_copies(const Copies& copies, int steps) {
     const int stages = copies.shape.stages;
     Place at = copies.first();
 #pragma unroll 1
     for (int step = 0; step < min(stages, steps); step++, at.advance(copies.shape)) copies.weight(at, step);
-#pragma unroll 1
-    for (int step = stages; step < min(stages + prefetched, steps); step++, at.advance(copies.shape))
-        copies.prefetch(at);
 }
 
 // Brings x into the ring, and then more of both.
@@ -355,12 +347,11 @@ __device__ __forceinline__ void store(const Sums& sums, const Bias& bias, const 
 // weight_map: of W [parts * n, k] seen as [k / 64, parts * n, 64], boxes of [panels, rows, 64]; x_map: of x [m, k] in
 // the same way, boxes of [panels, COLUMNS, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart,
 // float if `float_out`. k_panels: k / 64. panels: 1, 2, 4 or 8. activation (SILU or GELU_TANH) and limit: of GATED.
-// prefetched: how many steps behind those of the ring are brought into L2 meanwhile. shared_bytes: the size of the
-// dynamic shared memory. Two blocks fit into a multiprocessor, so that the next product's can be there.
+// shared_bytes: the size of the dynamic shared memory. Two blocks fit into a multiprocessor, so that the next product's can be there.
 extern "C" __global__ void __launch_bounds__(threads, 2)
 stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
             const scalar_t* bias, void* y, int m, int n, int k_panels, i64 y_stride, int float_out, int rows,
-            int panels, int stages, int shared_bytes, int prefetched, int activation, float limit) {
+            int panels, int stages, int shared_bytes, int activation, float limit) {
     pdl_launch_dependents();
     const Shape shape{m, n, k_panels, rows, panels, stages};
     const Ring ring(shared_bytes, shape);
@@ -370,7 +361,7 @@ stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant_
         if (lane_id() == 0) {
             tensor_map_prefetch(weight_map);
             init_barriers(ring, stages);
-            begin_copies(copies, steps, prefetched);
+            begin_copies(copies, steps);
             tensor_map_prefetch(x_map);
         }
         __syncthreads();

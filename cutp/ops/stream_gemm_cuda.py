@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 
 from cutp.array.kernel import launch
+from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.array.tensor_map import ROW_ELEMENTS, TensorMap
 from cutp.errors import ConfigError
 from cutp.ops.activation import activation_name
-from cutp.ops.launch_arguments import DTYPE_DEFINES, check_axes, check_dtype
+from cutp.ops.launch_arguments import DTYPE_DEFINES
+from cutp.ops.product_arguments import check_product, row_strides
+
+DTYPES = ("bfloat16", "float16")
+PANEL_LENGTH = ROW_ELEMENTS
+"""K is a multiple of this."""
 
 MAX_M = 64
 """The most rows of x."""
@@ -37,7 +43,7 @@ STAGE_BYTES = 16 * 1024
 
 _THREADS = 288
 _MULTIPROCESSORS = 132  # of the GPU that the choices are made for; others get the same bits, if not the best speed
-_PANEL_LENGTH, _ROW_BYTES = ROW_ELEMENTS, 2 * ROW_ELEMENTS
+_ROW_BYTES = 2 * ROW_ELEMENTS
 _GROUP_ROWS = 64
 # By SPLITS of the kernel: its GROUPS, and those of GATED. The products of one group and one sum wait for each other.
 _GROUPS = {4: 1, 2: 2, 1: 4}
@@ -69,7 +75,7 @@ class Plan:
     shared_bytes: int
 
 
-def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = False, prefetch_bytes: int = 0,
+def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = False,
                 chosen: Plan | None = None) -> None:
     """out = x weight^T + bias for at most MAX_M rows of x; sums in float32, rounded once. On compute capability 9.0.
 
@@ -77,17 +83,16 @@ def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = 
     [M, N] of that dtype or float32. K is a multiple of 64. The rows of x and out may be apart, x's by a multiple of 16
     bytes; x and weight begin at multiples of 16 bytes. ConfigError otherwise.
 
-    A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows. prefetch_bytes: how
-    much of the weight, beyond what shared memory holds, is brought into L2 before x is waited for. chosen: another plan
-    than `plan`'s.
+    A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows. chosen: another
+    plan than `plan`'s.
     """
-    m, n, k = _check("stream_gemm", x, weight, bias, out, parts=1)
+    m, n, k, out_stride = _check("stream_gemm", layout(x), layout(weight), optional_layout(bias), layout(out), 1)
     if m and n:
-        _launch(x, weight, bias, out, chosen or plan(n, k, m), pdl, prefetch_bytes, np.int32(0), np.float32(inf))
+        _launch(x, weight, bias, out, out_stride, chosen or plan(n, k, m), pdl, np.int32(0), np.float32(inf))
 
 
 def stream_gemm_gated(x: Any, weight: Any, name: str, bias: Any = None, *, limit: float | None = None, out: Any,
-                      pdl: bool = False, prefetch_bytes: int = 0, chosen: Plan | None = None) -> None:
+                      pdl: bool = False, chosen: Plan | None = None) -> None:
     """out = act(gate) * up, where gate and up are the two halves of x weight^T + bias, rounded to their dtype.
 
     The same bits as `stream_gemm` followed by `cutp.ops.activation_cuda.gated_activation`. weight: [2F, K], the rows of
@@ -97,9 +102,9 @@ def stream_gemm_gated(x: Any, weight: Any, name: str, bias: Any = None, *, limit
     known = activation_name(name)
     if known not in GATED_ACTIVATIONS:
         raise ConfigError(f"stream_gemm_gated: activation {known} is not one of {', '.join(GATED_ACTIVATIONS)}")
-    m, n, k = _check("stream_gemm_gated", x, weight, bias, out, parts=2)
+    m, n, k, out_stride = _check("stream_gemm_gated", layout(x), layout(weight), optional_layout(bias), layout(out), 2)
     if m and n:
-        _launch(x, weight, bias, out, chosen or plan(n, k, m, gated=True), pdl, prefetch_bytes,
+        _launch(x, weight, bias, out, out_stride, chosen or plan(n, k, m, gated=True), pdl,
                 np.int32(GATED_ACTIVATIONS[known]), np.float32(inf if limit is None else limit), gated=True)
 
 
@@ -131,11 +136,11 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     ring_bytes = ring_bytes or _ring_bytes(columns)
     # A power of two, as the number of panels in K mostly is.
     panels = 1
-    while (2 * panels <= min(_MAX_PANELS, -(-k // _PANEL_LENGTH))
+    while (2 * panels <= min(_MAX_PANELS, -(-k // PANEL_LENGTH))
            and _stage_bytes(rows, 0, parts, 2 * panels) <= stage_bytes
            and _stages(rows, columns, parts, groups, 2 * panels, ring_bytes) >= _LEAST_STAGES):
         panels *= 2
-    steps = passes * -(-k // (panels * _PANEL_LENGTH))
+    steps = passes * -(-k // (panels * PANEL_LENGTH))
     stages = max(2, min(_stages(rows, columns, parts, groups, panels, ring_bytes), steps))
     shared = stages * (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
     shared += _bytes_behind(rows, columns, parts, groups, panels)
@@ -195,20 +200,18 @@ def _ring_bytes(columns: int) -> int:
     return RING_BYTES if columns <= 32 else WIDE_RING_BYTES
 
 
-def _launch(x: Any, weight: Any, bias: Any, out: Any, chosen: Plan, pdl: bool, prefetch_bytes: int, activation: Any,
+def _launch(x: Any, weight: Any, bias: Any, out: Any, out_stride: int, chosen: Plan, pdl: bool, activation: Any,
             limit: Any, gated: bool = False) -> None:
     (m, k), n = x.shape, out.shape[1]
-    parts = 2 if gated else 1
-    step_bytes = chosen.grid * chosen.panels * parts * chosen.rows * _ROW_BYTES
     defines = [f"DTYPE={DTYPE_DEFINES[x.dtype.name]}", f"COLUMNS={chosen.columns}", f"GROUPS={chosen.groups}",
                f"SPLITS={chosen.splits}"]
     launch(
         "stream_gemm.cu", "stream_gemm", chosen.grid, _THREADS,
         [TensorMap(_in_panels(weight), (chosen.panels, chosen.rows, ROW_ELEMENTS), weight=True),
          TensorMap(_in_panels(x), (chosen.panels, chosen.columns, ROW_ELEMENTS)),
-         bias, out, np.int32(m), np.int32(n), np.int32(k // _PANEL_LENGTH), np.int64(_row_stride(out)),
+         bias, out, np.int32(m), np.int32(n), np.int32(k // PANEL_LENGTH), np.int64(out_stride),
          np.int32(out.dtype.name == "float32"), np.int32(chosen.rows), np.int32(chosen.panels), np.int32(chosen.stages),
-         np.int32(chosen.shared_bytes), np.int32(-(-prefetch_bytes // step_bytes)), activation, limit],
+         np.int32(chosen.shared_bytes), activation, limit],
         shared_bytes=chosen.shared_bytes, defines=tuple(defines + ["GATED"] if gated else defines), pdl=pdl,
     )
 
@@ -216,51 +219,17 @@ def _launch(x: Any, weight: Any, bias: Any, out: Any, chosen: Plan, pdl: bool, p
 def _in_panels(array: Any) -> Any:
     """[rows, K] seen as [K / 64, rows, 64]."""
     rows, k = array.shape
-    return array.reshape(rows, k // _PANEL_LENGTH, _PANEL_LENGTH).transpose(1, 0, 2)
+    return array.reshape(rows, k // PANEL_LENGTH, PANEL_LENGTH).transpose(1, 0, 2)
 
 
-def _check(op: str, x: Any, weight: Any, bias: Any, out: Any, parts: int) -> tuple[int, int, int]:
-    """M, N of `out` and K; ConfigError, naming the argument, if an array does not fit."""
-    check_dtype(op, "x", x, ("bfloat16", "float16"))
-    check_axes(op, "x", x, "M, K")
-    check_axes(op, "weight", weight, "N, K")
-    (m, k), rows = x.shape, weight.shape[0]
-    n = rows // parts
-    given = {"weight": (weight, (parts * n, k)), "out": (out, (m, n))}
-    given |= {} if bias is None else {"bias": (bias, (parts * n,))}
-    for name, (array, shape) in given.items():
-        if array.shape != shape:
-            raise ConfigError(f"{op}: {name} has shape {array.shape}; it needs {shape} for x of shape {x.shape}")
-        if array.dtype != x.dtype and not (name == "out" and parts == 1 and array.dtype.name == "float32"):
-            raise ConfigError(f"{op}: {name} has dtype {array.dtype}, but x has {x.dtype}")
-    for name, array in (("weight", weight), *([] if bias is None else [("bias", bias)])):
-        if not array.flags.c_contiguous:
-            raise ConfigError(f"{op}: {name} of shape {array.shape} and strides {array.strides} is not contiguous")
-    most = MAX_M if parts == 1 else GATED_MAX_M
-    if m > most:
-        raise ConfigError(f"{op}: x has {m} rows, more than {most}")
-    if k % _PANEL_LENGTH or not 0 < k <= _MAX_SIZE or rows > _MAX_SIZE:
-        raise ConfigError(f"{op}: weight has shape {weight.shape}; its rows need a multiple of {_PANEL_LENGTH} "
+@remembered
+def _check(op: str, x: Layout, weight: Layout, bias: Layout | None, out: Layout,
+           parts: int) -> tuple[int, int, int, int]:
+    """M, N of `out`, K, and the elements from one row of `out` to the next; ConfigError, naming the argument, if an
+    array does not fit."""
+    m, n, k = check_product(op, x, weight, bias, out, dtypes=DTYPES, max_rows=MAX_M if parts == 1 else GATED_MAX_M,
+                            parts=parts)
+    if k % PANEL_LENGTH or not 0 < k <= _MAX_SIZE or weight.shape[0] > _MAX_SIZE:
+        raise ConfigError(f"{op}: weight has shape {weight.shape}; its rows need a multiple of {PANEL_LENGTH} "
                           f"elements, not 0, and neither axis more than {_MAX_SIZE}")
-    _check_rows(op, "x", x, 16)
-    _check_rows(op, "out", out, out.dtype.itemsize)
-    return m, n, k
-
-
-def _check_rows(op: str, name: str, array: Any, alignment: int) -> None:
-    """ConfigError unless each row is contiguous and the rows are apart, in order, by multiples of `alignment` bytes."""
-    if array.size == 0:
-        return
-    itemsize, columns = array.dtype.itemsize, array.shape[1]
-    if columns > 1 and array.strides[1] != itemsize:
-        raise ConfigError(f"{op}: {name} of shape {array.shape} and strides {array.strides} "
-                          "has rows that are not contiguous")
-    apart = _row_stride(array) * itemsize
-    if array.shape[0] > 1 and (array.strides[0] != apart or apart < columns * itemsize or apart % alignment):
-        raise ConfigError(f"{op}: {name} of shape {array.shape} has rows {array.strides[0]} bytes apart; they "
-                          f"must not overlap and lie a multiple of {alignment} bytes apart")
-
-
-def _row_stride(array: Any) -> int:
-    """From one row to the next, in elements."""
-    return array.strides[0] // array.dtype.itemsize if array.shape[0] > 1 else array.shape[1]
+    return m, n, k, row_strides(op, x, out)[1]

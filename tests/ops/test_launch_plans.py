@@ -26,6 +26,7 @@ from cutp.ops import (
     rotary_cuda,
     sampling_cuda,
     skinny_gemm_cuda,
+    stream_gemm_cuda,
 )
 
 BF16, F32, I32, I64 = (np.dtype(t) for t in (ml_dtypes.bfloat16, np.float32, np.int32, np.int64))
@@ -104,6 +105,9 @@ CASES = {case.function.__name__: case for case in (
                                        "pages": bf16(PAGES, 2, 2, PAGE, D), "q_out": bf16(T, 4, D)}),
     Case(rotary_cuda.narrow_heads, {"x": bf16(T, 4, D), "out": bf16(T, 4, 32)}),
     Case(skinny_gemm_cuda.skinny_gemm, {"x": bf16(T, D), "weight": bf16(8, D), "bias": bf16(8), "out": bf16(T, 8)}),
+    Case(stream_gemm_cuda.stream_gemm, {"x": bf16(T, D), "weight": bf16(8, D), "bias": bf16(8), "out": bf16(T, 8)}),
+    Case(stream_gemm_cuda.stream_gemm_gated, {"x": bf16(T, D), "weight": bf16(16, D), "bias": bf16(16),
+                                              "out": bf16(T, 8)}, {"name": "silu"}),
     Case(grouped_gemm_cuda.grouped_linear, {"x": bf16(T, D), "weight": bf16(2, 8, D), "offsets": i32(3),
                                             "bias": bf16(2, 8), "tokens": i32(9), "out": bf16(9, 8)}),
     Case(linear_per_head_cuda.linear_per_head, {"x": bf16(T, 2, D), "weight": bf16(2, 8, D), "out": bf16(T, 2, 8)}),
