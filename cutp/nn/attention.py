@@ -17,7 +17,7 @@ from cutp.nn.norm import RMSNorm, ShardedRMSNorm
 from cutp.nn.ragged_batch import RaggedBatch
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import HeadSegment, ShardingStrategy, qkv_segments
-from cutp.ops.dispatch import clip, joined_heads, rotary_kv_write, square_sums
+from cutp.ops.dispatch import clip, joined_heads, square_sums
 
 
 class AttentionWithRope(ShardableModule):
@@ -91,11 +91,9 @@ class AttentionWithRope(ShardableModule):
         if self.q_norm is not None:
             self._normalize(qkv, square_sums)
         cos, sin = (None, None) if self.rope is None else batch.rotary(self.rope, qkv.dtype)
-        pages = cache.blocks[layer_idx]
-        q = rotary_kv_write(qkv, self.n_heads, cos, sin, batch.slots, pages,
-                            interleaved=self.rope is not None and self.rope.interleaved)
-        y = batch.attention(q, pages, self.scale, window=self.window, softcap=self.softcap,
-                            sinks=None if self.sinks is None else self.sinks.value)
+        y = batch.rotary_attention(qkv, self.n_heads, cos, sin, cache.blocks[layer_idx], self.scale,
+                                   interleaved=self.rope is not None and self.rope.interleaved, window=self.window,
+                                   softcap=self.softcap, sinks=None if self.sinks is None else self.sinks.value)
         return joined_heads(y, self.head_dim)
 
     def _queries_and_keys(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

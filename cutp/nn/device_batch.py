@@ -22,8 +22,11 @@ from cutp.ops.decode_attention_cuda import (
     decode_attention,
     decode_plan,
     decode_workspace,
+    rotary_decode_attention,
     splits_for_batch,
+    turns_heads,
 )
+from cutp.ops.dispatch import rotary_kv_write
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.rotary_cuda import rotary_table
 
@@ -140,6 +143,27 @@ class DeviceBatch:
         if self.work_list is not None:
             prefill_attention(q, pages, self.lookup_table, self.input_row_offsets, self.cache_lengths, self.work_list,
                               scale, window=window, softcap=softcap, sinks=sinks, out=out, pdl=True)
+        return out
+
+    def rotary_attention(self, qkv: Any, n_heads: int, cos: Any, sin: Any, pages: Any, scale: float, *,
+                         interleaved: bool = False, **options: Any) -> Any:
+        """Writes the new keys and values of a projection, as `cutp.ops.dispatch.rotary_kv_write`, and then `attention`
+        of its queries, with the same `options`. In one kernel where there is one, with the same bits."""
+        n_kv_heads, _, head_dim = pages.shape[2:]
+        only_decodes = self.decode_count == qkv.shape[0]
+        if (only_decodes and cos is not None and qkv.shape[1] == (n_heads + 2 * n_kv_heads) * head_dim
+                and turns_heads(head_dim, 2 * cos.shape[1], n_heads, n_kv_heads, qkv.dtype, interleaved=interleaved)):
+            return self._rotary_decode(qkv, n_heads, cos, sin, pages, scale, **options)
+        q = rotary_kv_write(qkv, n_heads, cos, sin, self.slots, pages, interleaved=interleaved)
+        return self.attention(q, pages, scale, **options)
+
+    def _rotary_decode(self, qkv: Any, n_heads: int, cos: Any, sin: Any, pages: Any, scale: float, *,
+                       window: int | None = None, softcap: float | None = None, sinks: Any = None) -> Any:
+        out = scratch().empty((qkv.shape[0], n_heads, pages.shape[4]), qkv.dtype)
+        work = self.workspace
+        rotary_decode_attention(qkv, cos, sin, pages, self.lookup_table, self.kv_lengths, work.plans[window], scale,
+                                softcap=softcap, sinks=sinks, partials=work.partials, counters=work.counters,
+                                blocks=work.blocks, out=out, pdl=True)
         return out
 
     def latent_attention(self, q: Any, pages: Any, scale: float, value_dim: int) -> Any:

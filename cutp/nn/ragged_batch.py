@@ -11,6 +11,7 @@ import numpy as np
 from cutp.errors import ConfigError
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.ops.attention import paged_attention
+from cutp.ops.dispatch import rotary_kv_write
 from cutp.ops.rotary import rotary_table
 
 
@@ -91,6 +92,13 @@ class RaggedBatch:
         """`cutp.ops.attention.paged_attention` of queries [T, H, D] over the pages of this batch's requests."""
         return paged_attention(q, pages, self.lookup_table, self.input_row_offsets, self.cache_lengths, scale,
                                window=window, softcap=softcap, sinks=sinks)
+
+    def rotary_attention(self, qkv: np.ndarray, n_heads: int, cos: np.ndarray | None, sin: np.ndarray | None,
+                         pages: np.ndarray, scale: float, *, interleaved: bool = False, **options) -> np.ndarray:
+        """Writes the new keys and values of a projection, as `cutp.ops.dispatch.rotary_kv_write`, and then `attention`
+        of its queries, with the same `options`."""
+        q = rotary_kv_write(qkv, n_heads, cos, sin, self.slots, pages, interleaved=interleaved)
+        return self.attention(q, pages, scale, **options)
 
     def rotary(self, rope: RotaryEmbedding, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of every token for `rope`, [T, rotary_dim / 2] each; computed once a pass."""

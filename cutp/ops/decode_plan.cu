@@ -4,6 +4,9 @@
 // How a request is split depends on how many of its tokens are visible, and on nothing else: not on the requests
 // beside it. This is what makes the result of a request independent of the batch it is in.
 //
+// The next kernel may not start before the plan is in memory: the kernels after that start later still, and all of them
+// may read the plan before their `pdl_wait`.
+//
 // archs: sm_80 sm_90a sm_100
 #include "device.cuh"
 
@@ -65,7 +68,6 @@ extern "C" __global__ void __launch_bounds__(warps * warp_size)
 decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits) {
     __shared__ int scratch[warps];
     __shared__ int lengths[warps * warp_size], offsets[warps * warp_size];
-    pdl_launch_dependents();
     pdl_wait();
     int count = 0;
     for (int base = 0; base < batch; base += blockDim.x) {
@@ -81,4 +83,7 @@ decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int win
         __syncthreads();
     }
     if (threadIdx.x == 0) store_vector(plan, make_uint4(min(count, capacity), 0, 0, 0));
+    __threadfence();
+    __syncthreads();
+    pdl_launch_dependents();
 }

@@ -11,6 +11,7 @@
 // archs: sm_80 sm_90a sm_100
 // variants: DTYPE=BF16,F16,F32 PAIRS=HALVES,INTERLEAVED,ANY
 #include "device.cuh"
+#include "rotary.cuh"
 
 enum Pairs { HALVES, INTERLEAVED, ANY };
 constexpr Pairs pairs = PAIRS;
@@ -38,14 +39,6 @@ template <int n> __device__ __forceinline__ void load_angles(const float* p, flo
 #pragma unroll
         for (int i = 0; i < n; i++) f[i] = load_activation_element(p + i);
     }
-}
-
-// Turns a pair of channels; the sums are still to be rounded. The products are rounded before they are added: to float
-// by the multiplication that may not be fused with the sum, then to DTYPE.
-__device__ __forceinline__ void turn(float& first, float& second, float cos, float sin) {
-    const float a = first, b = second;
-    first = rounded<scalar_t>(__fmul_rn(a, cos)) - rounded<scalar_t>(__fmul_rn(b, sin));
-    second = rounded<scalar_t>(__fmul_rn(b, cos)) + rounded<scalar_t>(__fmul_rn(a, sin));
 }
 
 // The three layouts: out = in, turned, for channels 0 .. rotary_dim - 1 of a head.

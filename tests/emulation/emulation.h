@@ -57,6 +57,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 
 inline void __syncthreads() { emulation::block_barrier(); }
 inline void __syncwarp() { emulation::gather("__syncwarp", nullptr, 0); }
+inline void __threadfence() {}
 inline void __nanosleep(u32) { emulation::yield(); }
 [[noreturn]] inline void __trap() { emulation::fail("__trap"); }
 

@@ -106,6 +106,29 @@ def check_attention(memory, name, options, dtype, work_list_width):
     assert not device.workspace.counters.host.any()
 
 
+@pytest.mark.parametrize("dtype", [float32, bfloat16])
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("rope", "interleaved"), [(ROPE, False), (ROPE, True), (None, False)])
+def test_rotary_attention(memory, monkeypatch, name, rope, interleaved, dtype):
+    """In one kernel where all requests decode and whole heads are turned by halves, else in two."""
+    host, device = both(memory, BATCHES[name], dtype)
+    rng = np.random.default_rng(3)
+    qkv = rng.standard_normal((len(host.tokens), (HEADS + 2 * KV_HEADS) * HEAD_DIM)).astype(dtype)
+    pages = rng.standard_normal((host.lookup_table.size, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)).astype(dtype)
+    up, launched = _uploader(memory), []
+    launch = backend().launch
+    monkeypatch.setattr(backend(), "launch", lambda source, *rest: (launched.append(source), launch(source, *rest)))
+    got_pages, (cos, sin) = up(pages), device.rotary(rope, dtype) if rope else (None, None)
+    got = device.rotary_attention(up(qkv), HEADS, cos, sin, got_pages, 0.2, interleaved=interleaved, window=33)
+    cos, sin = host.rotary(rope, dtype) if rope else (None, None)
+    expected = host.rotary_attention(qkv, HEADS, cos, sin, pages, 0.2, interleaved=interleaved, window=33)
+    tolerance = 4e-6 if dtype == float32 else 0.03
+    np.testing.assert_allclose(got.host.astype(float32), expected.astype(float32), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(got_pages.host.astype(float32), pages.astype(float32), rtol=0, atol=tolerance)
+    together = name in ("decoding", "one") and rope is not None and not interleaved
+    assert (launched == ["decode_attention.cu"]) == together and ("rotary.cu" in launched) == (not together)
+
+
 def test_padding_rows_change_nothing(memory):
     """Rows of no request, as graphs have them: their results are zeros, whatever their tables hold."""
     host, device = both(memory, MIXED[:3])

@@ -122,6 +122,11 @@ CASES = {case.function.__name__: case for case in (
          {"q": bf16(T, 4, D), "pages": bf16(PAGES, 2, 2, PAGE, D), "lookup_table": i32(T, 2), "kv_lengths": i32(T),
           "plan": i32(*_DECODE.plan), "sinks": f32(4), "partials": f32(*_DECODE.partials),
           "counters": np.zeros(_DECODE.counters, np.uint32), "out": bf16(T, 4, D)}, {"scale": 1.0, "blocks": 4}),
+    Case(decode_attention_cuda.rotary_decode_attention,
+         {"qkv": bf16(T, 8 * D), "cos": f32(T, D // 2), "sin": f32(T, D // 2), "pages": bf16(PAGES, 2, 2, PAGE, D),
+          "lookup_table": i32(T, 2), "kv_lengths": i32(T), "plan": i32(*_DECODE.plan), "sinks": f32(4),
+          "partials": f32(*_DECODE.partials), "counters": np.zeros(_DECODE.counters, np.uint32), "out": bf16(T, 4, D)},
+         {"scale": 1.0, "blocks": 4}),
     Case(latent_cuda.latent_rotary_write,
          {"compressed": bf16(T, 48), "latent": bf16(T, 32), "q": bf16(T, 2, 32), "cos": f32(T, 8), "sin": f32(T, 8),
           "slots": i64(T), "pages": bf16(PAGES, 1, 1, PAGE, 48), "q_out": bf16(T, 2, 48)}, {"interleaved": False}),
@@ -219,6 +224,7 @@ def test_settings_are_not_remembered_with_layouts():
     assert numbers("activation", name="silu") != numbers("activation", name="relu")
     assert numbers("gated_activation", limit=7.0)[-1] == 7.0 and np.isinf(numbers("gated_activation")[-1])
     assert numbers("decode_attention", scale=0.5)[-2:] != numbers("decode_attention", scale=0.25)[-2:]
+    assert numbers("rotary_decode_attention", softcap=5.0)[-2:] != numbers("rotary_decode_attention", softcap=6.0)[-2:]
     assert numbers("decode_plan", window=5) != numbers("decode_plan") != numbers("decode_plan", target_splits=1)
     assert numbers("embedding", vocab_start=7) != numbers("embedding")
     assert numbers("rotary_kv_write", interleaved=True) != numbers("rotary_kv_write")
@@ -231,8 +237,9 @@ def test_settings_are_not_remembered_with_layouts():
     assert numbers("route_softmax", renormalize=False) != numbers("route_softmax")
     with pytest.raises(ConfigError, match="limit is -1"):
         CASES["clip"].run(limit=-1)
-    with pytest.raises(ConfigError, match="softcap is 0"):
-        CASES["decode_attention"].run(softcap=0.0)
+    for name in ("decode_attention", "rotary_decode_attention"):
+        with pytest.raises(ConfigError, match=f"{name}: softcap is 0"):
+            CASES[name].run(softcap=0.0)
     for name in ("latent_attention", "latent_decode_attention"):
         with pytest.raises(ConfigError, match=f"{name}: scale is 0"):
             CASES[name].run(scale=0.0)
