@@ -42,7 +42,7 @@ def load_threads() -> int:
 
 
 def share_gpu() -> bool:
-    """Whether several ranks may use one GPU (`CUTP_SHARE_GPU`, 0 or 1, default 0)."""
+    """Whether several ranks may use one GPU (`CUTP_SHARE_GPU`, 0 or 1, default 0), for tests: it is slow."""
     return _flag("CUTP_SHARE_GPU")
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cutp import settings
 from cutp.array import cuda
 from cutp.array.arena import address
 from cutp.array.graph import Graph, is_capturing
@@ -70,8 +71,8 @@ class NcclLink:
     def join(transport: Transport) -> NcclLink:
         """Collective: connects the current GPUs of all ranks.
 
-        DeviceError where a GPU or NCCL is missing, DeviceMappingError for two ranks on one GPU, CommTimeoutError or
-        CommError, naming rank, host and GPU, if NCCL does not connect them.
+        DeviceError where a GPU or NCCL is missing, DeviceMappingError for two ranks on one GPU (unless
+        `CUTP_SHARE_GPU=1`), CommTimeoutError or CommError, naming rank, host and GPU, if NCCL does not connect them.
         """
         if is_capturing():
             raise ConfigError("the first collective on GPUs connects them, which cannot be captured in a graph",
@@ -81,7 +82,9 @@ class NcclLink:
             cupy = cuda.cupy()
             card = _describe_card(cupy)
         cards = host.all_gather_json(card)
-        _check_cards(transport, cards)
+        if _check_cards(transport, cards):
+            # NCCL refuses two ranks of one host on one GPU. As ranks of different hosts they go through the network.
+            os.environ.setdefault("NCCL_HOSTID", f"{transport.hosts[transport.rank]}, rank {transport.rank}")
         with host.agree("making an NCCL id"):
             uid = _unique_id(cupy.cuda.nccl) if transport.rank == 0 else None
         link = NcclLink(transport, cupy, card)
@@ -325,22 +328,29 @@ def _describe_card(cupy: Any) -> dict[str, Any]:
     if not nccl.available:
         raise DeviceError("CuPy finds no NCCL, which several GPUs need", hint=cuda.INSTALL_HINT)
     info = cuda.device_info()
-    return {"card": info.uuid or info.pci_bus_id, "index": info.index, "name": info.name, "nccl": nccl.get_version()}
+    return {"card": info.uuid or info.pci_bus_id, "index": info.index, "name": info.name, "nccl": nccl.get_version(),
+            "share": settings.share_gpu()}
 
 
-def _check_cards(transport: Transport, cards: Sequence[dict[str, Any]]) -> None:
-    """Raises, the same on all ranks, for two ranks on one GPU or different versions of NCCL."""
-    hosts = transport.hosts
+def _check_cards(transport: Transport, cards: Sequence[dict[str, Any]]) -> bool:
+    """Whether ranks share a GPU. Raises, the same on all ranks, where they may not, and for different versions of NCCL.
+    """
+    hosts, shared = transport.hosts, False
     for rank, card in enumerate(cards):
         for other in range(rank):
-            if (hosts[other], cards[other]["card"]) == (hosts[rank], card["card"]):
+            if (hosts[other], cards[other]["card"]) != (hosts[rank], card["card"]):
+                continue
+            shared = True
+            if not all(each["share"] for each in cards):
                 raise DeviceMappingError(
-                    f"{transport.names([other, rank])} use the same {_name(card)}, which NCCL cannot",
-                    hint="start no more ranks on a node than it has GPUs; let every rank see its own or all of them")
+                    f"{transport.names([other, rank])} use the same {_name(card)}",
+                    hint="start no more ranks on a node than it has GPUs; let every rank see its own or all of them; "
+                         "for tests, CUTP_SHARE_GPU=1 lets ranks share, which then exchange data through the network")
         if card["nccl"] != cards[0]["nccl"]:
             raise ConfigError(
                 f"{transport.names([0])} has NCCL {cards[0]['nccl']} and {transport.names([rank])} NCCL {card['nccl']}",
                 hint="install the same NCCL everywhere, and see that LD_LIBRARY_PATH names no other")
+    return shared
 
 
 def _name(card: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cutp.doctor.check import Check, Job
-from cutp.doctor.gpu import GPU_NEEDS, one_gpu_each, use_gpu
+from cutp.doctor.gpu import GPU_NEEDS, can_connect, use_gpu
 from cutp.doctor.report import Finding, fail, ok, ranks_text, warn
 
 _COUNT = 1 << 18
@@ -83,5 +83,5 @@ def _judged(name: str, job: Job, facts: list[dict[str, Any]], slow: float, fix_w
 
 
 HOST_CHECKS = (Check("host all-reduce", probe_host, judge_host, applies=lambda job: job.size > 1, collective=True),)
-GPU_CHECKS = (Check("nccl all-reduce", probe_gpu, judge_gpu, applies=lambda job: job.size > 1 and one_gpu_each(job),
+GPU_CHECKS = (Check("nccl all-reduce", probe_gpu, judge_gpu, applies=lambda job: job.size > 1 and can_connect(job),
                     needs=GPU_NEEDS, collective=True),)

@@ -26,10 +26,11 @@ def has_gpus(job: Job) -> bool:
     return all(fact["usable"] for fact in job.facts.get("gpu", [{"usable": False}]))
 
 
-def one_gpu_each(job: Job) -> bool:
-    """Whether every rank has a GPU of its own, as NCCL demands; unknown before "gpu mapping" counts as yes."""
-    cards = [(host, fact["card"]) for host, fact in zip(job.hosts, job.facts.get("gpu mapping", ()), strict=False)]
-    return has_gpus(job) and len(set(cards)) == len(cards)
+def can_connect(job: Job) -> bool:
+    """Whether every rank has a GPU of its own, or all may share; unknown before "gpu mapping" counts as yes."""
+    facts = job.facts.get("gpu mapping", ())
+    cards = [(host, fact["card"]) for host, fact in zip(job.hosts, facts, strict=False)]
+    return has_gpus(job) and (len(set(cards)) == len(cards) or all(fact["share"] for fact in facts))
 
 
 def use_gpu(job: Job) -> CudaMemory:
@@ -118,8 +119,8 @@ def judge_mapping(job: Job, facts: list[dict[str, Any]]) -> Finding:
     except DeviceMappingError as error:
         return fail(name, f"{error.message}. {text}", error.hint, sharing)
     if sharing:
-        return warn(name, f"{ranks_text(sharing)} share GPUs, as CUTP_SHARE_GPU=1 allows; NCCL refuses that. {text}",
-                    "start one rank for each GPU", sharing)
+        return warn(name, f"{ranks_text(sharing)} share GPUs, as CUTP_SHARE_GPU=1 allows, and exchange data through "
+                    f"the network. {text}", "start one rank for each GPU", sharing)
     return ok(name, text)
 
 

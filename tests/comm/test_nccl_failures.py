@@ -87,6 +87,22 @@ def test_two_ranks_on_one_gpu(cupy):
     for error, _, _ in outcomes(cupy, 3, lambda comm, gpu: comm.connect_gpus(), prepare):
         assert isinstance(error, DeviceMappingError)
         assert "rank 1 (host " in str(error) and "and rank 2 (host " in str(error) and "GPU-same" in str(error)
+        assert "CUTP_SHARE_GPU=1" in error.hint
+
+
+def test_ranks_that_may_share_a_gpu_seem_to_be_on_different_hosts(cupy, monkeypatch):
+    monkeypatch.setenv("CUTP_SHARE_GPU", "1")
+    monkeypatch.setenv("NCCL_HOSTID", "")  # so that what is set here ends with the test
+    monkeypatch.delenv("NCCL_HOSTID")
+
+    def share(gpu):
+        gpu.card = "GPU-same"
+
+    for result, _, _ in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus()):
+        assert result is None and "NCCL_HOSTID" not in os.environ
+    for result, _, _ in outcomes(cupy, 2, lambda comm, gpu: comm.connect_gpus(), share):
+        assert result is None
+    assert os.environ["NCCL_HOSTID"].endswith((", rank 0", ", rank 1"))  # threads have one environment
 
 
 def test_different_versions_of_nccl(cupy):

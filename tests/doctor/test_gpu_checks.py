@@ -95,7 +95,7 @@ def test_mapping():
     assert_finding(gpu.judge_mapping(job(*"xx"), [card(share=True), card()]), "FAIL", "ranks 0 and 1", ranks=[0, 1])
 
 
-def test_nccl_needs_a_gpu_for_each_rank():
+def test_nccl_needs_a_gpu_for_each_rank_unless_they_may_share():
     [check] = all_reduce.GPU_CHECKS
 
     def applies(hosts, cards):
@@ -103,6 +103,7 @@ def test_nccl_needs_a_gpu_for_each_rank():
 
     assert applies("xx", [card(0, "GPU-a"), card(1, "GPU-b")]) and applies("xy", [card(), card()])
     assert not applies("xx", [card(), card()]) and not applies("x", [card()])
+    assert applies("xx", [card(share=True)] * 2) and not applies("xx", [card(share=True), card()])
     assert not check.applies(job(*"xx", gpu=[NONE, NONE]))
 
 

@@ -1,4 +1,8 @@
-"""NCCL between real GPUs: results, deadlines, failures, and that every job ends. Needs two GPUs and mpirun."""
+"""NCCL between real GPUs: results, deadlines, failures, and that every job ends. Needs a GPU and mpirun.
+
+Where there is only one GPU both ranks share it: NCCL, its kernels and captured calls are the same, but data go through
+the network instead of from GPU to GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,15 @@ from cutp.array import cuda
 from tests.mpirun import needs_mpirun, run_mpi
 
 PROGRAM = Path(__file__).resolve().parent / "programs" / "nccl_cases.py"
-
-
-def why_not() -> str | None:
-    if (reason := cuda.unavailable_reason()) is not None:
-        return reason
-    count = cuda.cupy().cuda.runtime.getDeviceCount()
-    return None if count >= 2 else f"two GPUs are needed, {count} visible"
-
-
-REASON = why_not()
+REASON = cuda.unavailable_reason()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"{REASON}"), needs_mpirun]
+MUST_SHARE = REASON is None and cuda.cupy().cuda.runtime.getDeviceCount() == 1
 
 
-def run(what, *args, n=2, timeout=120, module=(), **env):
+def run(what, *args, n=2, timeout=120, module=(), share=MUST_SHARE, **env):
     """Exit status, the lines of each rank, stderr and the seconds it took."""
     began = time.monotonic()
+    env["CUTP_SHARE_GPU"] = "1" if share else "0"
     done = run_mpi(n, [sys.executable, *module, PROGRAM, what, *args], timeout=timeout, env=env)
     lines = {r: [] for r in range(n)}
     for rank, text in re.findall(r"^\[(\d+)\] [\d.]+ (.*)$", done.stdout, re.M):
@@ -82,5 +79,10 @@ def test_a_communicator_left_open_does_not_hang_at_exit():
 
 
 def test_two_ranks_on_one_gpu():
-    _, lines, done, _ = run("one_gpu")
+    _, lines, done, _ = run("one_gpu", share=False)
     assert all("DeviceMappingError" in lines[r][0] and "use the same GPU 0" in lines[r][0] for r in (0, 1)), done.stderr
+
+
+def test_two_ranks_that_share_a_gpu():
+    _, lines, done, _ = run("one_gpu", share=True)
+    assert all(lines[r][0] == "fine" for r in (0, 1)), done.stdout + done.stderr

@@ -153,7 +153,12 @@ def left_open(comm):
 def one_gpu(comm):
     """All ranks on GPU 0."""
     cuda.cupy().cuda.runtime.setDevice(0)
-    report(comm, comm.connect_gpus)
+
+    def connect_and_sum():
+        comm.connect_gpus()
+        sum_and_wait(comm)
+
+    report(comm, connect_and_sum)
 
 
 CASES = {case.__name__: case for case in (
