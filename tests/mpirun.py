@@ -49,6 +49,8 @@ def mpirun_command(n: int) -> list[str]:
     command = [mpirun, "-n", str(n)]
     if _is_open_mpi(mpirun):
         command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+        if shutil.which("ssh") is None and shutil.which("rsh") is None:
+            command += ["--mca", "plm_rsh_agent", "false"]  # it wants one, even if all ranks run here
     return command
 
 

@@ -74,6 +74,21 @@ def import_cupy() -> Any:
     return cupy
 
 
+def nccl() -> Any:
+    """CuPy's module for NCCL, which CuPy does not import by itself. DeviceError if there is no CuPy or no NCCL."""
+    cupy()
+    module = _import_nccl()
+    if not module.available:
+        raise DeviceError("CuPy finds no NCCL (libnccl.so.2), which several GPUs need", hint=INSTALL_HINT)
+    return module
+
+
+def _import_nccl() -> Any:
+    from cupy.cuda import nccl
+
+    return nccl
+
+
 def check_driver(driver: int, runtime: int) -> None:
     """Raise DeviceError if a driver for CUDA `driver` cannot run CUDA `runtime` code (13020 stands for 13.2; 0: none).
 

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
 def _title(comm: Communicator, dtype: str, on_gpu: bool) -> str:
     what = "CPU"
     if on_gpu:
-        version = cuda.cupy().cuda.nccl.get_version()
+        version = cuda.nccl().get_version()
         what = f"{cuda.device_info().name}, NCCL {version // 10000}.{version // 100 % 100}.{version % 100}"
     return f"{comm.size} ranks on {len(set(comm.hosts))} hosts, {what}, {dtype}"
 

@@ -60,7 +60,7 @@ class NcclLink:
 
     def __init__(self, transport: Transport, cupy: Any, card: dict[str, Any]):
         self._transport, self._cupy, self._card = transport, cupy, card
-        self.nccl = cupy.cuda.nccl
+        self.nccl = cuda.nccl()
         self._comm: Any = None
         self._closed = False
         self._last_call = "joining NCCL"
@@ -80,13 +80,13 @@ class NcclLink:
         host = HostMessages(transport)
         with host.agree("looking for NCCL"):
             cupy = cuda.cupy()
-            card = _describe_card(cupy)
+            card = _describe_card()
         cards = host.all_gather_json(card)
         if _check_cards(transport, cards):
             # NCCL refuses two ranks of one host on one GPU. As ranks of different hosts they go through the network.
             os.environ.setdefault("NCCL_HOSTID", f"{transport.hosts[transport.rank]}, rank {transport.rank}")
         with host.agree("making an NCCL id"):
-            uid = _unique_id(cupy.cuda.nccl) if transport.rank == 0 else None
+            uid = _unique_id(cuda.nccl()) if transport.rank == 0 else None
         link = NcclLink(transport, cupy, card)
         link._connect(host.broadcast_bytes(uid))
         return link
@@ -323,11 +323,8 @@ def _close_all(graphs: Sequence[Graph]) -> None:
             graph.close()
 
 
-def _describe_card(cupy: Any) -> dict[str, Any]:
-    nccl = cupy.cuda.nccl
-    if not nccl.available:
-        raise DeviceError("CuPy finds no NCCL, which several GPUs need", hint=cuda.INSTALL_HINT)
-    info = cuda.device_info()
+def _describe_card() -> dict[str, Any]:
+    nccl, info = cuda.nccl(), cuda.device_info()
     return {"card": info.uuid or info.pci_bus_id, "index": info.index, "name": info.name, "nccl": nccl.get_version(),
             "share": settings.share_gpu()}
 

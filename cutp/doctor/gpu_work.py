@@ -29,7 +29,7 @@ def probe_libraries(job: Job) -> dict[str, Any]:
     driver = runtime.driverGetVersion()
     return {"cupy": cupy.__version__, "driver": f"{driver_release()} (CUDA {_dotted(driver)})".strip(),
             "runtime": _dotted(runtime.runtimeGetVersion()), "driver_cuda": driver // 1000,
-            **_versions(nvrtc=lambda: nvrtc().version, nccl=lambda: _nccl_version(cupy), cublaslt=_cublaslt_version)}
+            **_versions(nvrtc=lambda: nvrtc().version, nccl=_nccl_version, cublaslt=_cublaslt_version)}
 
 
 def _versions(**readers: Callable[[], tuple[int, ...]]) -> dict[str, str | None]:
@@ -57,11 +57,8 @@ def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> str:
     return found.group(1) if found else ""
 
 
-def _nccl_version(cupy: Any) -> tuple[int, int, int]:
-    nccl = cupy.cuda.nccl
-    if not nccl.available:
-        raise RuntimeError("libnccl.so.2 was not found")
-    version = nccl.get_version()
+def _nccl_version() -> tuple[int, int, int]:
+    version = cuda.nccl().get_version()
     return version // 10000, version % 10000 // 100, version % 100
 
 

@@ -1,6 +1,7 @@
 """Why there is no GPU: each reason in a sentence. None of this needs one."""
 
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,20 @@ def test_names_the_code_relies_on_are_in_cupy():
         assert hasattr(module.cuda.graph.Graph, name), name
     assert callable(module.cuda.using_allocator) and callable(module.cuda.get_current_stream)
     assert hasattr(module.cuda.function.Module, "load") and hasattr(module.cuda.function.Function, "ptr")
+
+
+def test_nccl(monkeypatch):
+    module = pytest.importorskip("cupy")
+    monkeypatch.setattr(cuda, "cupy", lambda: module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy's, where there is no NCCL
+        if cuda._import_nccl().available:
+            assert cuda.nccl().get_version() > 20000 and issubclass(cuda.nccl().NcclError, RuntimeError)
+            for name in ("abort", "destroy", "check_async_error", "allReduce", "allGather", "reduceScatter"):
+                assert hasattr(cuda.nccl().NcclCommunicator, name), name
+    monkeypatch.setattr(cuda, "_import_nccl", lambda: SimpleNamespace(available=False))
+    with pytest.raises(DeviceError, match="finds no NCCL"):
+        cuda.nccl()
 
 
 def test_a_uuid_reads_as_nvidia_smi_writes_it():

@@ -421,6 +421,7 @@ def fake_cupy(monkeypatch):
     cupy = FakeCupy()
     monkeypatch.setattr(cuda, "cupy", cupy.module)
     monkeypatch.setattr(cuda, "device_info", cupy.device_info)
+    monkeypatch.setattr(cuda, "_import_nccl", lambda: cupy.cuda.nccl)
     try:
         yield cupy
     finally:

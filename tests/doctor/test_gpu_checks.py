@@ -181,8 +181,9 @@ def test_libraries_of_one_rank():
 def test_what_the_libraries_say(monkeypatch):
     nccl = SimpleNamespace(available=True, get_version=lambda: 23203)
     runtime = SimpleNamespace(driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13020)
-    module = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime, nccl=nccl))
+    module = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(cuda, "cupy", lambda: module)
+    monkeypatch.setattr(cuda, "_import_nccl", lambda: nccl)
     monkeypatch.setattr(gpu_work, "_cublaslt_version", lambda: (13, 1, 1))
     monkeypatch.setattr(gpu_work, "nvrtc", lambda: SimpleNamespace(version=(13, 0)))
     monkeypatch.setattr(gpu_work, "driver_release", lambda: "580.65.06")
