@@ -68,8 +68,8 @@ def test_cupy_is_not_installed(monkeypatch):
 
 
 def test_cupy_is_broken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     pytest.importorskip("cupy")
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     with pytest.raises(DeviceError, match="CuPy"):
         cuda.import_cupy()
 
