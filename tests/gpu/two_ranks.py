@@ -5,12 +5,14 @@
 
     parity       log-probabilities of the shape of Llama-3.1-8B cut to 4 layers, bfloat16: two ranks and one differ from
                  one rank's float32 by as much (needs torch, which makes the checkpoint)
+    overlap      the same two ranks with the sums of long prompts under the products that follow
+                 (CUTP_MATMUL_ALLREDUCE=1): near each other, and with the same bits in the batch-invariant mode
     odd          3 key-value heads and a feed-forward layer of 97 on two ranks, float32: the CPU's greedy tokens
     starts       40 times `mpirun -n 2 cutp generate` with the model of the package
     setups       200 communicators made, used in a graph and closed in one job
     killed       one rank of a job that generates is killed: how soon the job ends
     tests        the tests of NCCL and of all model families on two ranks
-    doctor, collectives, bench, overlap    what the tools print; on two GPUs only
+    doctor, collectives, bench, bench_overlap    what the tools print; on two GPUs for the figures
 
 Prints a line a section, and ends with 1 if one is bad.
 """
@@ -51,37 +53,48 @@ def texts() -> list[list[int]]:
     return [rng.integers(0, 128256, length).tolist() for length in (64, 257, 1000, 2048)]
 
 
-def score(directory: Path, out: Path, dtype: str) -> None:
+def score(directory: Path, out: Path, dtype: str, invariant: bool) -> None:
     """On every rank: the log-probabilities of `texts`, those of rank 0 into `out`."""
     from mpi4py import MPI
 
     with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
-        with LLM(directory, device="cuda", dtype=dtype, max_len=2049, comm=comm) as llm:
+        with LLM(directory, device="cuda", dtype=dtype, max_len=2049, batch_invariant=invariant, comm=comm) as llm:
             scores = llm.score(texts())
         if comm.rank == 0:
             np.save(out, np.concatenate([each.logprobs[1:] for each in scores]).astype(np.float64))
 
 
-def parity(share: bool) -> tuple[bool, str]:
+def scored(share: bool, n: int, dtype: str, *, overlap: bool = False, invariant: bool = False) -> np.ndarray:
+    """What `n` ranks make of `texts`; AssertionError if they fail."""
     from tests.gpu.hf_parity import LLAMA_8B, write_checkpoint
 
     directory = DIRECTORY / "llama-3.1-8b-4-layers"
     if not (directory / "model.safetensors").exists():
         write_checkpoint(directory, LLAMA_8B, "cuda")
-    found = {}
-    for n, dtype in ((1, "float32"), (1, "bfloat16"), (2, "bfloat16")):
-        out = DIRECTORY / f"{n}-{dtype}.npy"
-        done = run_mpi(n, [sys.executable, __file__, "--score", directory, out, dtype], timeout=300,
-                       env=environment(share))
-        if done.returncode:
-            return False, done.stderr[-2000:]
-        found[n, dtype] = np.load(out)
-    exact, one, two = found.values()
+    out = DIRECTORY / "scores.npy"
+    done = run_mpi(n, [sys.executable, __file__, "--score", directory, out, dtype, str(int(invariant))], timeout=300,
+                   env=environment(share) | {"CUTP_MATMUL_ALLREDUCE": str(int(overlap))})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.load(out)
+
+
+def parity(share: bool) -> tuple[bool, str]:
+    exact, one, two = scored(share, 1, "float32"), scored(share, 1, "bfloat16"), scored(share, 2, "bfloat16")
     of_one, of_two, apart = (np.abs(a - b) for a, b in ((one, exact), (two, exact), (two, one)))
     good = of_two.mean() <= MEAN_FACTOR * of_one.mean()
     return bool(good), (f"{len(exact)} log-probabilities, mean and greatest distance: one rank - float32 "
                         f"{of_one.mean():.5f} {of_one.max():.3f}, two ranks - float32 {of_two.mean():.5f} "
                         f"{of_two.max():.3f}, two - one {apart.mean():.5f} {apart.max():.3f}")
+
+
+def overlap(share: bool) -> tuple[bool, str]:
+    plain, under = (scored(share, 2, "bfloat16", overlap=overlap) for overlap in (False, True))
+    invariant, both = (scored(share, 2, "bfloat16", overlap=overlap, invariant=True) for overlap in (False, True))
+    apart, modes = np.abs(under - plain), np.abs(invariant - plain)
+    same = bool((invariant == both).all())
+    return same and apart.mean() <= modes.mean(), (
+        f"mean and greatest distance from the plain sums {apart.mean():.5f} {apart.max():.3f} (of the batch-invariant "
+        f"mode {modes.mean():.5f} {modes.max():.3f}); in that mode {'the same bits' if same else 'other bits'}")
 
 
 def odd(share: bool) -> tuple[bool, str]:
@@ -193,18 +206,18 @@ def bench(share: bool) -> tuple[bool, str]:
     return _tool("cutp", *BENCH, **environment(share))
 
 
-def overlap(share: bool) -> tuple[bool, str]:
+def bench_overlap(share: bool) -> tuple[bool, str]:
     """The bench again, with the sums of long prompts under the products that follow."""
     return _tool("cutp", *BENCH, CUTP_MATMUL_ALLREDUCE="1", **environment(share))
 
 
 SECTIONS = {each.__name__: each for each in (
-    parity, odd, starts, setups, killed, tests, doctor, collectives, bench, overlap)}
+    parity, overlap, odd, starts, setups, killed, tests, doctor, collectives, bench, bench_overlap)}
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--score"]:
-        score(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        score(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5] == "1")
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
