@@ -317,15 +317,16 @@ private:
 // (2 i n_kv_heads + h) page_size and values n_kv_heads page_size rows further, in boxes of box_rows x 64, where
 // box_rows divides page_size and key_block. work_list[items, 4]: request (-1: none), row of its first token in q,
 // position of that token, how many tokens of the request are left from it on, of which the item is the first
-// item_tokens. Any grid. sinks may be null.
+// item_tokens. Any grid. l2_bytes: how much of the keys and values should be in use at the same time. sinks may be
+// null.
 extern "C" __global__ void __launch_bounds__(threads, 1)
 prefill_attention_hopper(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap pages, scalar_t* out,
                          const float* sinks, const int* lookup_table, const int* work_list, int items, int item_tokens,
                          int table_width, int page_size, int box_rows, int pool_rows, int n_heads, int n_kv_heads,
-                         int window, float softcap, float score_factor, float exponent_factor) {
+                         int l2_bytes, int window, float softcap, float score_factor, float exponent_factor) {
     const Problem p = {out, sinks, lookup_table, work_list, items, item_tokens, table_width, page_size, box_rows,
-                       pool_rows, n_heads, n_kv_heads, n_heads / n_kv_heads, window, softcap, score_factor,
-                       exponent_factor};
+                       pool_rows, n_heads, n_kv_heads, n_heads / n_kv_heads, l2_bytes, window, softcap,
+                       score_factor, exponent_factor};
     const Shared shared;
     if (threadIdx.x == 0) {
         shared.init();

@@ -19,6 +19,7 @@ ITEM_WIDTH = 4
 """Numbers of an entry of the work list."""
 
 _MULTIPROCESSORS = 132  # of an H100 or H200; others get the same bits, if not the best speed
+_L2_BYTES = 20 << 20  # less than half of what there is, for each half of L2 holds what its own side reads
 _ROW_BYTES = 2 * ROW_ELEMENTS
 _BARRIER_BYTES = 512  # and more than the items beside them need
 
@@ -60,7 +61,7 @@ def plan(q: Layout, pages: Layout, lookup_table: Layout, work_list: Layout) -> L
     items = work_list.shape[0] if tokens else 0
     key_block, shared_bytes = _tile(head_dim)
     numbers = (items, item_rows(head_dim) // (n_heads // n_kv_heads), lookup_table.shape[1], page_size,
-               gcd(page_size, key_block), pool_rows, n_heads, n_kv_heads)
+               gcd(page_size, key_block), pool_rows, n_heads, n_kv_heads, _L2_BYTES)
     return LaunchPlan(
         min(_MULTIPROCESSORS, items * n_kv_heads), 128 + 2 * item_rows(head_dim),
         (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}"), tuple(map(np.int32, numbers)), shared_bytes)

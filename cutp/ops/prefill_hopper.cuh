@@ -30,7 +30,7 @@ struct Problem {
     const float* sinks;
     const int* lookup_table;
     const int* work_list;
-    int items, item_tokens, table_width, page_size, box_rows, pool_rows, n_heads, n_kv_heads, group, window;
+    int items, item_tokens, table_width, page_size, box_rows, pool_rows, n_heads, n_kv_heads, group, l2_bytes, window;
     float softcap;          // 0: none
     float score_factor;     // score = q k * this; under soft-capping already divided by the cap
     float exponent_factor;  // log2(weight) = capped score, or q k if there is no cap, * this
@@ -108,10 +108,12 @@ struct Loader {
     const TensorMap& q;
     const TensorMap& pages;
     int queries = 0, blocks = 0;  // loaded so far
+    int heads = 1;                // whose items are done at the same time
 
     __device__ __forceinline__ void run() {
         async_global_fence();
         const int total = p.items * p.n_kv_heads;
+        choose_heads();
         // Items come longest first. Every other round goes through the blocks of threads backwards, so that the ones
         // with the longer item of a round get the shorter one of the next.
         for (int round = 0; round * static_cast<int>(gridDim.x) < total; round++) {
@@ -123,8 +125,23 @@ struct Loader {
         if (lane_id() == 0) barrier_arrive(shared.queries.full(queries));
     }
 
+    // Keys and values of the heads whose items are done at the same time should stay in L2, for blocks of threads are
+    // soon so far apart that they do not read the same ones together.
+    __device__ __forceinline__ void choose_heads() {
+        const uint4 entry = load_activation(p.work_list);  // the one with the most keys
+        const int keys = static_cast<int>(entry.z) + min(p.item_tokens, static_cast<int>(entry.w));
+        const i64 head_bytes = 2 * 2 * HEAD_DIM * static_cast<i64>(min(keys, p.window));
+        heads = p.n_kv_heads;
+        while (heads > 1 && (heads * head_bytes > p.l2_bytes || p.n_kv_heads % heads != 0)) heads--;
+    }
+
+    // All items of some heads, then all of the next ones, and of each in turn from the shortest to the longest and from
+    // the longest to the shortest, so that items that are done at the same time are equally long; last the shortest.
     __device__ __forceinline__ Item read_item(int index) const {
-        const uint4 entry = load_activation(p.work_list + index / p.n_kv_heads * 4);
+        const int section = index / (p.items * heads), place = index % (p.items * heads);
+        const bool shortest_first = (p.n_kv_heads / heads - 1 - section) % 2 != 0;
+        const int number = shortest_first ? p.items - 1 - place / heads : place / heads;
+        const uint4 entry = load_activation(p.work_list + number * 4);
         const int left = entry.w;  // tokens of the request from here on
         Item item;
         item.request = entry.x;
@@ -132,7 +149,7 @@ struct Loader {
         item.position = entry.z;
         item.tokens = item.request < 0 ? 0 : min(p.item_tokens, left);
         item.length = item.position + left;
-        item.kv_head = index % p.n_kv_heads;
+        item.kv_head = section * heads + place % heads;
         item.top_block = item.last_position() / key_block;
         item.bottom_block = item.first_key(p.window) / key_block;
         item.first_whole = (max(0, item.last_position() - p.window + 1) + key_block - 1) / key_block;

@@ -148,6 +148,18 @@ def test_extreme_sinks(device, sink):
     HopperBatch(device, [(0, 40)]).check(sinks=np.array([sink, 0.0], np.float32))
 
 
+@pytest.mark.parametrize(("heads", "together"), [(4, 1), (4, 2), (3, 1), (3, 2), (5, 4), (2, 0)])
+def test_some_heads_at_a_time(device, monkeypatch, heads, together):
+    """As many of them as divide the number of heads, and whose keys and values fit."""
+    requests = [(30, 80), (0, 40), (0, 5)]
+    batch = HopperBatch(device, requests, group=4, n_kv_heads=heads)
+    expected = batch.run()
+    monkeypatch.setattr(hopper, "_L2_BYTES", together * 110 * 2 * 64 * 2)
+    prefill_attention_cuda._plan.cache_clear()
+    assert same_bits(batch.run(), expected)
+    batch.check(window=50)
+
+
 @pytest.mark.parametrize("size", [8.0, 0.0])
 def test_large_and_equal_scores(device, size):
     """Scores of some hundred, which raise the peak again and again, and scores of 0, which average the values."""
