@@ -71,7 +71,7 @@ def prefill_attention(q: Any, pages: Any, lookup_table: Any, input_row_offsets: 
     if softcap is not None and not 0 < softcap < math.inf:
         raise ConfigError(f"prefill_attention: softcap is {softcap}; it must be positive")
     plan = _plan(layout(q), layout(pages), layout(out), optional_layout(sinks), layout(lookup_table),
-                 layout(input_row_offsets), layout(cache_lengths), layout(work_list))
+                 layout(input_row_offsets), layout(cache_lengths), layout(work_list), bool(softcap))
     settings = (np.int32(min(window or _NO_WINDOW, _NO_WINDOW)), np.float32(softcap or 0.0),
                 np.float32(scale / softcap if softcap else 1.0), np.float32((1.0 if softcap else scale) * _LOG2_E))
     if work_list.shape[1] == hopper.ITEM_WIDTH:
@@ -85,7 +85,7 @@ def prefill_attention(q: Any, pages: Any, lookup_table: Any, input_row_offsets: 
 
 @remembered
 def _plan(q: Layout, pages: Layout, out: Layout, sinks: Layout | None, lookup_table: Layout,
-          input_row_offsets: Layout, cache_lengths: Layout, work_list: Layout) -> LaunchPlan:
+          input_row_offsets: Layout, cache_lengths: Layout, work_list: Layout, capped: bool) -> LaunchPlan:
     _check_arrays(q, pages, out, sinks)
     batch = cache_lengths.shape[0] if cache_lengths.ndim == 1 else 0
     width = hopper.ITEM_WIDTH if work_list.shape[1:] == (hopper.ITEM_WIDTH,) else _ITEM_WIDTH
@@ -95,7 +95,7 @@ def _plan(q: Layout, pages: Layout, out: Layout, sinks: Layout | None, lookup_ta
                                ("work_list", work_list, (*work_list.shape[:1], width))):
         _check_integers(name, array, shape)
     if width == hopper.ITEM_WIDTH:
-        return hopper.plan(q, pages, lookup_table, work_list)
+        return hopper.plan(q, pages, lookup_table, work_list, capped)
     _, n_heads, head_dim = q.shape
     n_kv_heads, page_size = pages.shape[2:4]
     block_rows, _, threads, shared_bytes = _tile(head_dim, q.dtype.itemsize)

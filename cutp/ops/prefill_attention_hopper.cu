@@ -14,6 +14,7 @@
 //
 // archs: sm_90a
 // variants: DTYPE=BF16,F16 HEAD_DIM=64,80,96,128,256
+// variants: DTYPE=BF16,F16 HEAD_DIM=64,80,96,128,256 CAPPED
 #include "device.cuh"
 #include "hopper.cuh"
 #include "prefill_hopper.cuh"
@@ -190,7 +191,9 @@ private:
     __device__ __forceinline__ void scores_to_weights(const Item& item, float (&factors)[2]) {
         keep_registers(scores);
         shared.keys.release(key_blocks++);
+#ifdef CAPPED  // a variant, as asking here costs those without a cap 2 %; without the test this one spills registers
         if (p.softcap != 0.0f) cap_scores();
+#endif
         if (block < first_whole || block > last_whole) mask(item.position - block * key_block);
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -49,8 +49,8 @@ def hopper_work_list(query_lengths: Any, cache_lengths: Any, row_offsets: Any, g
     return np.stack([request, row, position, left], axis=1)[longest_first].astype(np.int32)
 
 
-def plan(q: Layout, pages: Layout, lookup_table: Layout, work_list: Layout) -> LaunchPlan:
-    """The launch for checked arrays. ConfigError if they have another dtype, or are too large."""
+def plan(q: Layout, pages: Layout, lookup_table: Layout, work_list: Layout, capped: bool) -> LaunchPlan:
+    """The launch for checked arrays, soft-capped or not. ConfigError if they have another dtype, or are too large."""
     tokens, n_heads, head_dim = q.shape
     n_kv_heads, page_size = pages.shape[2:4]
     if q.dtype.name not in DTYPES:
@@ -64,7 +64,8 @@ def plan(q: Layout, pages: Layout, lookup_table: Layout, work_list: Layout) -> L
                gcd(page_size, key_block), pool_rows, n_heads, n_kv_heads, _L2_BYTES)
     return LaunchPlan(
         min(_MULTIPROCESSORS, items * n_kv_heads), 128 + 2 * item_rows(head_dim),
-        (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}"), tuple(map(np.int32, numbers)), shared_bytes)
+        (f"DTYPE={DTYPE_DEFINES[q.dtype.name]}", f"HEAD_DIM={head_dim}", *["CAPPED"] * capped),
+        tuple(map(np.int32, numbers)), shared_bytes)
 
 
 def arguments(q: Any, pages: Any, lookup_table: Any, work_list: Any, sinks: Any, out: Any) -> list[Any]:

@@ -31,7 +31,7 @@ struct Problem {
     const int* lookup_table;
     const int* work_list;
     int items, item_tokens, table_width, page_size, box_rows, pool_rows, n_heads, n_kv_heads, group, l2_bytes, window;
-    float softcap;          // 0: none
+    float softcap;          // of CAPPED
     float score_factor;     // score = q k * this; under soft-capping already divided by the cap
     float exponent_factor;  // log2(weight) = capped score, or q k if there is no cap, * this
 };
