@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,26 +63,59 @@ def run_mpi(
     """`mpirun -n N argv...`, with its output as text and any exit status.
 
     `env` adds to a cleaned environment; `stdin` is the text on standard input (default: none). After `timeout`
-    seconds all processes are killed and AssertionError is raised, with the output so far.
+    seconds AssertionError is raised, with the output so far and what the processes of the job are doing. None of them
+    is left at the end, in any case.
     """
     command = [*mpirun_command(n), *(os.fspath(a) for a in argv)]
+    mark = f"TEST_JOB={uuid.uuid4().hex}"
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, errors="replace", env=clean_environment(env), start_new_session=True,
+        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        env=clean_environment(env) | dict([mark.split("=")]),
     )
     try:
         out, err = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        processes = "\n".join(_what_it_does(pid) for pid in _processes_of(mark))
+        _kill(process, mark)
         out, err = process.communicate()
-        raise AssertionError(
-            f"still running after {timeout} s: {' '.join(command)}\n--- stdout\n{out}\n--- stderr\n{err}"
-        ) from None
+        raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n--- processes\n{processes}\n"
+                             f"--- stdout\n{out}\n--- stderr\n{err}") from None
     finally:
+        _kill(process, mark)
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _processes_of(mark: str) -> list[int]:
+    """What was started with `mark` in its environment, whoever its parent is: launchers make sessions of their own,
+    and where one is dead, its ranks belong to nobody."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+    return sorted(found)
+
+
+def _what_it_does(pid: int) -> str:
+    """The command of a process, and of each of its threads the state and where in the system it waits."""
+    try:
+        words = " ".join(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split())
+        threads = [f"{(thread / 'stat').read_text().rpartition(')')[2].split()[0]} {(thread / 'wchan').read_text()}"
+                   for thread in sorted(Path(f"/proc/{pid}/task").iterdir())]
+    except OSError as error:
+        return f"{pid}: {error}"
+    return f"{pid}: {words[:160]}: {', '.join(threads)}"
+
+
+def _kill(process: subprocess.Popen, mark: str) -> None:
+    with contextlib.suppress(ProcessLookupError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    for pid in _processes_of(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @functools.cache

@@ -97,8 +97,16 @@ def test_rank_0_that_holds_pythons_lock():
 
 def test_a_rank_that_ends():
     """The launcher ends the job: nothing may hang, and what was found until then is there."""
-    code, out, err, seconds = doctor(3, what="dying")
+    code, out, err, seconds = doctor(3, "--timeout", "5", what="dying")
     assert code != 0 and seconds < 20 and "OK   launcher" in out and "Traceback" not in out + err
+
+
+def test_a_rank_that_ends_and_nobody_sees_it():
+    """The launcher may not look, or be dead itself: the other ranks end the job, and say whom they wait for."""
+    code, report, checks, seconds = failure("dying_unnoticed", "--timeout", "1")
+    assert code == report["exit_code"] == 7 and seconds < 20
+    assert "the ranks cannot talk to each other" in checks["cpu affinity"]["message"]
+    assert "waited 4.0 s for rank 1 (host " in checks["cpu affinity"]["message"]
 
 
 def test_a_rank_that_ends_in_mpi_init():
