@@ -7,54 +7,23 @@ import pytest
 
 from cutp.array.kernel import use_backend
 from cutp.errors import ConfigError
-from cutp.ops import prefill_attention_cuda
-from cutp.ops import prefill_attention_hopper_cuda as hopper
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.prefill_attention_hopper_cuda import hopper_work_list
 from tests.emulation.emulator import EmulatorBackend
-from tests.ops.test_prefill_attention_cuda import DTYPES, Batch, arguments, same_bits
-
-# A GPU runs all; the emulation each size of a tile once.
-EMULATED = [("bf16", 64), ("f16", 80), ("bf16", 128), ("f16", 256)]
-ALL = [(name, head_dim) for name in ("bf16", "f16") for head_dim in (64, 80, 96, 128, 256)]
+from tests.ops.prefill_batch import DTYPES, HopperBatch, arguments, few_hopper_blocks, same_bits
 
 
 @pytest.fixture(autouse=True)
 def few_blocks(device, monkeypatch):
-    """Blocks of threads that do several items each, as on a GPU with more work."""
-    if device.emulated:
-        monkeypatch.setattr(hopper, "_MULTIPROCESSORS", 3)
-    else:
-        cupy = pytest.importorskip("cupy")
-        if cupy.cuda.Device().compute_capability != "90":
-            pytest.skip("the GPU is no Hopper")
-    prefill_attention_cuda._plan.cache_clear()
-    yield
-    prefill_attention_cuda._plan.cache_clear()
-
-
-class HopperBatch(Batch):
-    def run(self, requests=None, work_list=None, **options):
-        new = np.diff(self.case.offsets)
-        if requests is None:
-            requests = [(b, self.case.cached[b], new[b]) for b in range(len(new))]
-        if work_list is None:
-            _, cached, new = np.array(requests, int).reshape(-1, 3).T
-            work_list = hopper_work_list(new, cached, np.cumsum(new) - new, self.group, self.case.q.shape[2])
-        return super().run(requests, work_list, **options)
+    with few_hopper_blocks(device, monkeypatch):
+        yield
 
 
 def test_head_dims_and_dtypes(device):
-    for name, head_dim in EMULATED if device.emulated else ALL:
+    for name, head_dim in HopperBatch.emulated if device.emulated else HopperBatch.kinds:
         batch = HopperBatch(device, [(37, 45), (9, 0), (0, 1), (100, 133)], name, head_dim, n_kv_heads=2, page_size=48)
         batch.check()
         batch.check(window=29, softcap=3.0, sinks=np.linspace(-2, 2, 4, dtype=np.float32))
-
-
-@pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8, 16])
-def test_groups_of_query_heads(device, group):
-    sinks = np.linspace(-1, 1, group, dtype=np.float32)
-    HopperBatch(device, [(3, 43), (70, 2)], group=group, page_size=32).check(sinks=sinks)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 80, 128, 256, 384])
@@ -77,26 +46,10 @@ def test_lengths_around_blocks_and_pages(device, length):
             break
 
 
-def test_random_batches(device):
-    rng = np.random.default_rng(0)
-    for seed in range(5 if device.emulated else 100):
-        name, head_dim = EMULATED[seed % 4] if device.emulated else ALL[seed % 10]
-        longest = 150 if device.emulated else 700
-        requests = [tuple(rng.integers(0, longest, 2)) for _ in range(rng.integers(1, 5))]
-        group, page_size = int(rng.choice([1, 2, 3, 4, 6])), int(rng.choice([16, 32, 48, 64, 128]))
-        batch = HopperBatch(device, requests, name, head_dim, group=group, n_kv_heads=int(rng.integers(1, 3)),
-                            page_size=page_size, seed=seed)
-        batch.check(window=int(rng.integers(1, longest)) if rng.random() < 0.5 else None,
-                    softcap=2.0 if rng.random() < 0.5 else None)
-
-
 def test_every_order_of_threads_gives_the_same_bits(device):
     for head_dim in (64, 128):
         batch = HopperBatch(device, [(120, 160), (0, 3)], "bf16", head_dim)
-        expected = batch.run(window=140)
-        for seed in (1, 2, 3):
-            with use_backend(EmulatorBackend(order_seed=seed)) if device.emulated else nullcontext():
-                assert same_bits(batch.run(window=140), expected)
+        batch.check_every_order_of_threads(window=140)
 
 
 @pytest.mark.parametrize(("name", "head_dim"), [("bf16", 64), ("f16", 80), ("bf16", 128), ("bf16", 256)])
@@ -105,22 +58,12 @@ def test_every_order_of_threads_gives_the_same_bits(device):
 def test_chunks_give_the_bits_of_one_shot(device, name, head_dim, options):
     length = 300 if device.emulated else 1500
     batch = HopperBatch(device, [(0, length)], name, head_dim, size=3.0)
-    whole = batch.run(**options)
-    begin = 0
-    for chunk in (70, 1, 8, 157, length - 236):
-        part = batch.run(requests=[(0, begin, chunk)], **options)
-        assert same_bits(part, whole[begin: begin + chunk])
-        begin += chunk
+    batch.check_chunks_give_the_bits_of_one_shot((70, 1, 8, 157, length - 236), options)
 
 
 def test_a_request_has_the_same_bits_in_every_batch(device):
-    requests = [(5, 40), (0, 177), (190, 1), (33, 16)]
-    batch = HopperBatch(device, requests, "bf16", 128, group=3)
-    together = np.split(batch.run(window=150), batch.case.offsets[1:-1])
-    for b, (cached, new) in enumerate(requests):
-        assert same_bits(batch.run(requests=[(b, cached, new)], window=150), together[b])
-    backwards = [(b, *requests[b]) for b in (3, 2, 1, 0)]
-    assert same_bits(batch.run(requests=backwards, window=150), np.concatenate(together[::-1]))
+    batch = HopperBatch(device, [(5, 40), (0, 177), (190, 1), (33, 16)], "bf16", 128, group=3)
+    batch.check_a_request_has_the_same_bits_in_every_batch(window=150)
 
 
 @pytest.mark.parametrize("window", [20, 25, 26])
@@ -135,17 +78,6 @@ def test_pages_before_the_window_are_not_looked_up(device, window):
         table = batch.case.table.copy()
         table[0, : (200 - window + 1) // 16] = number
         assert same_bits(batch.run(table=table, window=window), expected)
-
-
-def test_requests_may_share_pages(device):
-    batch = HopperBatch(device, [(64, 20), (64, 20)])
-    batch.case.table[1, :4] = batch.case.table[0, :4]
-    batch.check()
-
-
-@pytest.mark.parametrize("sink", [-30.0, 30.0])
-def test_extreme_sinks(device, sink):
-    HopperBatch(device, [(0, 40)]).check(sinks=np.array([sink, 0.0], np.float32))
 
 
 @pytest.mark.parametrize(("heads", "together"), [(4, 1), (4, 2), (3, 1), (3, 2), (5, 4), (2, 0)])
@@ -183,23 +115,6 @@ def test_peaks_that_rise_slowly(device):
         batch.check()
 
 
-def test_a_query_of_nan_stays_alone(device):
-    batch = HopperBatch(device, [(0, 70)])
-    before = batch.run()
-    batch.case.q[33, 1] = np.nan
-    after = batch.run()
-    assert np.isnan(after[33, 1].astype(np.float32)).all()
-    before[33, 1] = after[33, 1] = 0
-    assert same_bits(before, after)
-
-
-def test_queries_inside_of_a_wider_array(device):
-    batch = HopperBatch(device, [(12, 40)], group=2, n_kv_heads=2)
-    q = batch.case.q
-    wide = device.array(np.concatenate([q, np.full_like(q, np.nan)], axis=1))
-    assert same_bits(batch.run(q=wide[:, : q.shape[1]]), batch.run())
-
-
 def test_work_list():
     # 32 tokens an item at 4 heads; the item with the most keys first, equal ones in order.
     listed = hopper_work_list([70, 0, 33, 1], [0, 5, 100, 69], [0, 70, 70, 103], 4, 128)
@@ -224,22 +139,8 @@ def test_the_list_says_which_kernel(device):
 
 def test_only_listed_work_is_done(device):
     batch = HopperBatch(device, [(3, 100), (0, 30)], "bf16", 128, group=3)  # 42 tokens an item
-    whole = batch.run()
-    listed = [[1, 100, 0, 30], [-1, 0, 0, 0], [0, 42, 45, 58], [-(1 << 24), 7, 7, 7]]
-    got = batch.run(work_list=listed)
-    assert same_bits(got[42:84], whole[42:84]) and same_bits(got[100:], whole[100:])
-    assert np.isnan(got[:42].astype(np.float32)).all() and np.isnan(got[84:100].astype(np.float32)).all()
-    assert np.isnan(batch.run(work_list=np.zeros((0, 4))).astype(np.float32)).all()
+    batch.check_only_listed_work_is_done([[1, 100, 0, 30], [-1, 0, 0, 0], [0, 42, 45, 58], [-(1 << 24), 7, 7, 7]])
     assert np.isnan(batch.run(work_list=[[-1, 0, 0, 0]] * 9).astype(np.float32)).all()
-
-
-def test_long_prompts(device):
-    n = 1 if device.emulated else 10
-    for name, head_dim in (("bf16", 128),) if device.emulated else ALL:
-        requests = [(0, 210 * n), (300 * n, 70 * n), (90 * n, 0), (31, 31)]
-        HopperBatch(device, requests, name, head_dim, group=4, page_size=64).check()
-        HopperBatch(device, [(100 * n, 110 * n)], name, head_dim, group=4, page_size=64).check(window=51 * n,
-                                                                                               softcap=30.0)
 
 
 def test_errors_stay_below_the_bar(device):

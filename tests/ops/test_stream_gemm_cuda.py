@@ -1,12 +1,11 @@
 """stream_gemm.cu against ops/linear.py and ops/activation.py, in the emulation and on a GPU."""
 
+from functools import partial
 from itertools import product
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from cutp.array.kernel import use_backend
 from cutp.array.kernel_source import read_source
 from cutp.errors import ConfigError, UnsupportedModelError
 from cutp.ops.activation_cuda import gated_activation
@@ -22,9 +21,10 @@ from cutp.ops.stream_gemm_cuda import (
     stream_gemm,
     stream_gemm_gated,
 )
-from tests.ops.kernel_results import assert_same_bits
+from tests.ops import linear_checks
+from tests.ops.kernel_results import assert_same_bits, bfloat16, emulated_only, float16, float32, in_every_order
+from tests.ops.linear_checks import case_id, inputs, integers, normal, ones
 
-bfloat16, float16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 DTYPES = [bfloat16, float16]
 
 # N, K, M and rows of a piece: all numbers of columns, groups and splits, tails of N (in a piece, in 8 rows) and K (in
@@ -36,26 +36,8 @@ CASES = [(16, 64, 1, 16), (37, 1024, 5, 16), (40, 320, 8, 40), (1, 64, 1, 8), (7
 GATED_CASES = [(16, 64, 1, 16, 4), (21, 1024, 7, 24, 4), (70, 128, 12, 64, 2), (70, 192, 16, 72, 1),
                (130, 192, 3, 128, 1)]
 # What models have, too large for the emulation: N, K, M.
-LARGE = [(6144, 4096, 8), (4096, 4096, 17), (4096, 14336, 1), (28672, 4096, 1), (28672, 4096, 64), (14336, 2048, 64),
-         (1280, 8192, 5), (768, 4096, 33), (3072, 4096, 2), (33000, 2048, 32), (4096, 512, 8),
-         (32064, 896, 16), (4096, 1792, 31), (4095, 3584, 64)]
-
-
-def case_id(value):
-    return value.name if isinstance(value, np.dtype) else "x".join(map(str, value))
-
-
-def integers(seed, *shape):
-    """Small integers: sums of their products are exact in float32, whatever the order."""
-    return np.random.default_rng(seed).integers(-8, 9, shape).astype(np.float32)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def inputs(make, dtype, n, k, m):
-    return tuple(a.astype(dtype) for a in (make(1, m, k), make(2, n, k), make(3, n)))
+LARGE = [*linear_checks.LARGE, (28672, 4096, 1), (28672, 4096, 64), (3072, 4096, 2), (33000, 2048, 32),
+         (4095, 3584, 64)]
 
 
 def run(device, x, weight, bias=None, out_dtype=None, **options):
@@ -136,40 +118,20 @@ def test_gated_of_any_shape_is_the_product_and_then_the_activation(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_equals_float64_up_to_one_rounding(device, dtype):
     large = LARGE[: None if dtype == bfloat16 else 3]
-    for n, k, m in [(21, 1024, 6), (19, 576, 13)] if device.emulated else large:
-        x, weight, bias = inputs(normal, dtype, n, k, m)
-        exact = x.astype(np.float64) @ weight.astype(np.float64).T
-        # The errors of sums are below the least of these factors times the sum of magnitudes.
-        slack = 2e-6 * (np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T)
-        assert (np.abs(run(device, x, weight, out_dtype=float32) - exact) <= slack).all(), (n, k, m)
-        biased = exact + bias.astype(np.float64)
-        rounding = float(ml_dtypes.finfo(dtype).eps) / 2 * np.abs(biased)
-        got = run(device, x, weight, bias).astype(np.float64)
-        assert (np.abs(got - biased) <= 1.001 * rounding + 1.001 * slack).all(), (n, k, m)
+    for shape in [(21, 1024, 6), (19, 576, 13)] if device.emulated else large:
+        linear_checks.check_equals_float64_up_to_one_rounding(partial(run, device), dtype, shape, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_one_rounding_after_the_bias(device, dtype):
-    x, weight, bias = inputs(normal, dtype, 24, 256, 9)
-    sums = run(device, x, weight, out_dtype=float32)
-    biased = run(device, x, weight, bias, float32)
-    np.testing.assert_array_equal(biased, sums + bias.astype(np.float32))
-    np.testing.assert_array_equal(run(device, x, weight, bias), biased.astype(dtype))
-    assert (biased.astype(dtype) != sums.astype(dtype) + bias).any()  # two roundings would be seen
+    linear_checks.check_one_rounding_after_the_bias(partial(run, device), dtype, (24, 256, 9))
 
 
 def test_a_row_depends_on_nothing_but_itself(device):
     small, large = [(bfloat16, 21, 320), (float16, 70, 512)], [(bfloat16, 4100, 1152), (bfloat16, 3208, 4096),
                                                                (float16, 28672, 4096)]
     for dtype, n, k in small if device.emulated else [*small, *large]:
-        x, weight, bias = inputs(normal, dtype, n, k, MAX_M)
-        whole = run(device, x, weight, bias, float32)
-        for m in (1, 5, 8, 9, 16, 17, 32, 33):
-            np.testing.assert_array_equal(run(device, x[:m], weight, bias, float32), whole[:m], err_msg=f"{n} {k} {m}")
-        order = np.random.default_rng(0).permutation(MAX_M)
-        np.testing.assert_array_equal(run(device, x[order], weight, bias, float32), whole[order])
-        # Another order of the sum would be seen: not all sums are exact.
-        assert (whole != x.astype(np.float64) @ weight.astype(np.float64).T + bias.astype(np.float64)).any()
+        linear_checks.check_a_row_depends_on_nothing_but_itself(partial(run, device), dtype, n, k, MAX_M)
 
 
 def test_every_plan_gives_the_same_bits(device):
@@ -191,17 +153,7 @@ def test_every_plan_gives_the_same_bits(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_what_is_not_finite_stays_in_its_row_and_column(device, dtype):
-    for m in (7, 12):
-        x, weight, _ = inputs(integers, dtype, 21, 576, m)
-        clean = linear(x, weight)
-        x[m - 1, 575 - 3], x[2, 0], weight[20, 573], weight[4, 1] = np.nan, np.inf, np.nan, -np.inf
-        x[2, 1] = 1
-        got = run(device, x, weight)
-        affected = np.zeros(got.shape, bool)
-        affected[[m - 1, 2]] = True
-        affected[:, [20, 4]] = True
-        assert not np.isfinite(got[affected].astype(np.float32)).any()
-        np.testing.assert_array_equal(got[~affected], clean[~affected])
+    linear_checks.check_what_is_not_finite_stays_in_its_row_and_column(partial(run, device), dtype, 576)
 
 
 def test_limits_on_all_sides(device):
@@ -258,61 +210,32 @@ def test_programmatic_launch(device):
                                   run_gated(device, x, weight, bias))
 
 
+@emulated_only
 def test_order_of_threads_does_not_matter(device):
-    if not device.emulated:
-        pytest.skip("a GPU takes no orders")
-    from tests.emulation.emulator import EmulatorBackend
-
     x, weight, bias = inputs(normal, bfloat16, 21, 512, 11)
-    results = []
-    for seed in range(6):
-        with use_backend(EmulatorBackend(order_seed=seed)):
-            chosen = few_blocks(plan_of_rows(21, 512, 11, 8, stage_bytes=0, ring_bytes=10 << 10), 2)
-            results.append(run(device, x, weight, bias, float32, chosen=chosen))
-    for other in results[1:]:
-        np.testing.assert_array_equal(other, results[0])
+    chosen = few_blocks(plan_of_rows(21, 512, 11, 8, stage_bytes=0, ring_bytes=10 << 10), 2)
+    in_every_order(lambda: [run(device, x, weight, bias, float32, chosen=chosen)])
 
 
+@emulated_only
 def test_bad_arguments(device):
-    def array(*shape, dtype=bfloat16):
-        return np.ones(shape, dtype)
-
-    def refused(message, x, weight, bias=None, out=None, **kwargs):
-        out = array(x.shape[0], weight.shape[0]) if out is None else out
-        with pytest.raises(ConfigError, match=message):
-            stream_gemm(x, weight, bias, out=out, **kwargs)
-
-    refused("x has dtype float32", array(2, 16, dtype=float32), array(8, 16))
-    refused("x has shape", array(16), array(8, 16), out=array(1, 8))
-    refused("weight has shape", array(2, 16), array(16))
-    refused("weight has shape", array(2, 16), array(8, 24))
-    refused("weight has dtype", array(2, 16), array(8, 16, dtype=float16))
-    refused("weight .*not contiguous", array(2, 16), array(8, 32)[:, :16])
-    refused("bias has shape", array(2, 16), array(8, 16), array(9))
-    refused("bias has dtype", array(2, 16), array(8, 16), array(8, dtype=float32))
-    refused("bias .*not contiguous", array(2, 16), array(8, 16), array(16)[::2])
-    refused("out has shape", array(2, 16), array(8, 16), out=array(8, 2))
-    refused("out has dtype", array(2, 16), array(8, 16), out=array(2, 8, dtype=float16))
-    refused("out .*rows that are not contiguous", array(2, 64), array(8, 64), out=array(2, 16)[:, ::2])
-    refused("out .*rows -16 bytes apart", array(2, 64), array(8, 64), out=array(2, 8)[::-1])
-    refused("x has 65 rows, more than 64", array(65, 16), array(8, 16))
-    refused("x .*rows that are not contiguous", array(2, 128)[:, ::2], array(8, 64))
-    refused("x .*rows 136 bytes apart", array(2, 68)[:, :64], array(8, 64))
-    refused("x .*rows 0 bytes apart", np.broadcast_to(array(64), (2, 64)), array(8, 64))
-    refused("multiple of 64 elements", array(2, 96), array(8, 96))
-    refused("multiple of 64 elements", array(2, 0), array(8, 0))
+    linear_checks.check_bad_arguments(stream_gemm)
+    refused = partial(linear_checks.check_refused, stream_gemm)
+    refused("x has dtype float32", ones(2, 16, dtype=float32), ones(8, 16))
+    refused("multiple of 64 elements", ones(2, 96), ones(8, 96))
+    refused("multiple of 64 elements", ones(2, 0), ones(8, 0))
 
     def gated_refused(message, name="silu", weight=None, out=None, error=ConfigError):
         with pytest.raises(error, match=message):
-            stream_gemm_gated(array(2, 16), array(8, 16) if weight is None else weight, name,
-                              out=array(2, 4) if out is None else out)
+            stream_gemm_gated(ones(2, 16), ones(8, 16) if weight is None else weight, name,
+                              out=ones(2, 4) if out is None else out)
 
     with pytest.raises(ConfigError, match="x has 17 rows, more than 16"):
-        stream_gemm_gated(array(17, 64), array(8, 64), "silu", out=array(17, 4))
+        stream_gemm_gated(ones(17, 64), ones(8, 64), "silu", out=ones(17, 4))
     gated_refused("stream_gemm_gated: activation relu is not one of silu, gelu_tanh", "relu")
     gated_refused("mish", "mish", error=UnsupportedModelError)
-    gated_refused("stream_gemm_gated: weight has shape", weight=array(9, 16))
-    gated_refused("out has dtype float32", out=array(2, 4, dtype=float32))
+    gated_refused("stream_gemm_gated: weight has shape", weight=ones(9, 16))
+    gated_refused("out has dtype float32", out=ones(2, 4, dtype=float32))
 
 
 # ---- the plan
