@@ -7,6 +7,8 @@ import pytest
 
 from cutp.array.kernel import use_backend
 from cutp.errors import ConfigError
+from cutp.ops import prefill_attention_cuda
+from cutp.ops import prefill_attention_hopper_cuda as hopper
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
 from cutp.ops.prefill_attention_hopper_cuda import hopper_work_list
 from tests.emulation.emulator import EmulatorBackend
