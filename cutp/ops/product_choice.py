@@ -21,10 +21,6 @@ _HOPPER = (9, 0)
 _SKINNY_ROWS = 8
 _SKINNY_BYTES = 150 << 20
 
-# The streaming kernel: its weights arrive while the kernel before is still at work. With more rows a whole step is
-# faster by the library (NOTES.md).
-_STREAM_ROWS = 8
-
 
 class Kernel(Enum):
     """STREAM: stream_gemm.cu; SKINNY: skinny_gemm.cu; LIBRARY: cuBLASLt."""
@@ -35,9 +31,10 @@ class Kernel(Enum):
 
 
 def kernel_for(x: Any, weight: Any) -> Kernel:
-    """For x [M, K] and weight [N, K]."""
+    """For x [M, K] and weight [N, K]. The streaming kernel wherever it can: its weights arrive while the kernel before is
+    still at work, so a whole step is faster (NOTES.md)."""
     rows = x.shape[0]
-    if rows <= _STREAM_ROWS and runs_on(_HOPPER) and _can_stream(x, weight):
+    if rows <= stream_gemm_cuda.MAX_M and runs_on(_HOPPER) and _can_stream(x, weight):
         return Kernel.STREAM
     if rows <= _SKINNY_ROWS and weight.nbytes <= _SKINNY_BYTES:
         return Kernel.SKINNY
@@ -46,7 +43,7 @@ def kernel_for(x: Any, weight: Any) -> Kernel:
 
 def gates_in_product(x: Any, weight: Any, activation: str) -> bool:
     """Whether act(gate) * up is best computed by the product of gate and up itself."""
-    return (x.shape[0] <= _STREAM_ROWS and runs_on(_HOPPER) and _can_stream(x, weight)
+    return (x.shape[0] <= stream_gemm_cuda.GATED_MAX_M and runs_on(_HOPPER) and _can_stream(x, weight)
             and activation_name(activation) in stream_gemm_cuda.GATED_ACTIVATIONS)
 
 

@@ -2,13 +2,14 @@
 // that products that follow each other overlap: the weights of the next are on their way before its x exists.
 // Specification: linear.py.
 //
-// A block, of which there is at most one per multiprocessor, streams pieces of `rows` rows of W, and x beside them,
+// A block, of which a multiprocessor has room for one, streams pieces of `rows` rows of W, and x beside them,
 // through a ring of stages in shared memory; a stage holds `panels` panels of 64 elements of K of both. One thread
 // starts the copies, one for W and one for x in each stage, and runs ahead as far as the ring is long, over the borders
 // of pieces; two warpgroups multiply, W being the operand with 64 rows per instruction, the rows of x the columns of
 // the product. They wait for the products of a stage and give it back at once: together they are much faster than
-// memory. The ring is filled with weights before the kernel before has ended (`pdl_wait`), and since each kernel lets
-// the next one start at once, while there is shared memory left for it, memory is never idle between the two.
+// memory. Each kernel lets the next one start at once. So when a block ends, one of the next product comes to its
+// multiprocessor and fills its ring with weights, while other blocks and the small kernels between the two products
+// are still at work (`pdl_wait`): memory is not idle meanwhile.
 //
 // Where `rows` is no multiple of 64, the last group of an operand reaches into what follows in shared memory; the rows
 // of the product that come of it are not stored. What a box has outside W or x arrives as zeros.
@@ -347,8 +348,8 @@ __device__ __forceinline__ void store(const Sums& sums, const Bias& bias, const 
 // weight_map: of W [parts * n, k] seen as [k / 64, parts * n, 64], boxes of [panels, rows, 64]; x_map: of x [m, k] in
 // the same way, boxes of [panels, COLUMNS, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart,
 // float if `float_out`. k_panels: k / 64. panels: 1, 2, 4 or 8. activation (SILU or GELU_TANH) and limit: of GATED.
-// shared_bytes: the size of the dynamic shared memory. Two blocks fit into a multiprocessor, so that the next product's can be there.
-extern "C" __global__ void __launch_bounds__(threads, 2)
+// shared_bytes: the size of the dynamic shared memory, with which a multiprocessor has room for one block.
+extern "C" __global__ void __launch_bounds__(threads, 1)
 stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
             const scalar_t* bias, void* y, int m, int n, int k_panels, i64 y_stride, int float_out, int rows,
             int panels, int stages, int shared_bytes, int activation, float limit) {

@@ -32,11 +32,13 @@ GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
 GATED_MAX_M = 16
 """The most rows of x of `stream_gemm_gated`: beyond, a block's sums take as long to activate as a kernel of its own."""
 
-RING_BYTES = 90 * 1024
-WIDE_RING_BYTES = 110 * 1024
-"""Shared memory of a block: two blocks and small kernels between them fit into a multiprocessor (a step of decoding is
-2 % slower with 103 KB, NOTES.md). With more than 32 columns a stage is large, and three of them are worth more than the
-small kernels."""
+RING_BYTES = 170 * 1024
+"""Shared memory of a block, which leaves room for the small kernels between two products."""
+
+LEAST_BYTES = 114 * 1024
+"""What a block takes at least, so that a multiprocessor has room for one only. Where two fit, blocks of one product
+come in pairs to the multiprocessors that are free first, and none to others (a step of decoding takes 5 % longer with a
+ring of 90 KB, and for 32 rows 13 %: NOTES.md)."""
 
 STAGE_BYTES = 16 * 1024
 """A stage holds as many panels of the weight as fit into this, but at least one; and x beside them."""
@@ -133,7 +135,7 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     groups = (_GATED_GROUPS if gated else _GROUPS)[splits]
     pieces = -(-n // rows)
     passes = -(-pieces // _MULTIPROCESSORS)
-    ring_bytes = ring_bytes or _ring_bytes(columns)
+    ring_bytes = ring_bytes or RING_BYTES
     # A power of two, as the number of panels in K mostly is.
     panels = 1
     while (2 * panels <= min(_MAX_PANELS, -(-k // PANEL_LENGTH))
@@ -144,7 +146,7 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     stages = max(2, min(_stages(rows, columns, parts, groups, panels, ring_bytes), steps))
     shared = stages * (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
     shared += _bytes_behind(rows, columns, parts, groups, panels)
-    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, shared)
+    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, max(shared, LEAST_BYTES))
 
 
 @lru_cache(maxsize=4096)
@@ -159,7 +161,7 @@ def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
     """Rows of each part in a piece: a multiple of 8 of which the ring holds three stages."""
     columns, most = _columns(m), groups // parts * _GROUP_ROWS
     fits = [rows for rows in range(8, min(most, -(-n // 8) * 8) + 1, 8)
-            if _stages(rows, columns, parts, groups, 1, _ring_bytes(columns)) >= _LEAST_STAGES]
+            if _stages(rows, columns, parts, groups, 1, RING_BYTES) >= _LEAST_STAGES]
     return min(fits, key=lambda rows: (_time(n, m, rows, parts), -rows))
 
 
@@ -194,10 +196,6 @@ def _bytes_behind(rows: int, columns: int, parts: int, groups: int, panels: int)
     gives the other its sums, if the two have not rows of their own."""
     reach = (groups // parts * _GROUP_ROWS - rows) * _ROW_BYTES - panels * columns * _ROW_BYTES
     return max(0, reach) + (min(columns // 2, 8) * 4 * 128 if groups == parts else 0)
-
-
-def _ring_bytes(columns: int) -> int:
-    return RING_BYTES if columns <= 32 else WIDE_RING_BYTES
 
 
 def _launch(x: Any, weight: Any, bias: Any, out: Any, out_stride: int, chosen: Plan, pdl: bool, activation: Any,
