@@ -31,8 +31,8 @@ class Kernel(Enum):
 
 
 def kernel_for(x: Any, weight: Any) -> Kernel:
-    """For x [M, K] and weight [N, K]. The streaming kernel wherever it can: its weights arrive while the kernel before is
-    still at work, so a whole step is faster (NOTES.md)."""
+    """For x [M, K] and weight [N, K]. The streaming kernel wherever it can: its weights arrive while the kernel before
+    is still at work, so a whole step is faster (NOTES.md)."""
     rows = x.shape[0]
     if rows <= stream_gemm_cuda.MAX_M and runs_on(_HOPPER) and _can_stream(x, weight):
         return Kernel.STREAM
