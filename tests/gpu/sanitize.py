@@ -2,10 +2,10 @@
 
     python tests/gpu/sanitize.py [--tool memcheck] [--seconds 60] [FILE...]
 
-Each file of tests/ops (all *_cuda.py and *_hopper.py by default) runs in a process of its own; tests that have not
-begun after so many seconds are left out, for under the sanitizer each takes long. Prints a line a file and ends with 1
-if any has a finding or a failed test. What the driver refuses to cuda-bindings as it starts (cuGetProcAddress) is no
-finding.
+Each file of tests/ops (by default all *_cuda.py and prefill attention) runs in a process of its own; tests that have
+not begun after so many seconds are left out, for under the sanitizer each takes long. Prints a line a file and ends with
+1 if any has a finding or a failed test, or if the sanitizer was not there. What the driver refuses to cuda-bindings as
+it starts (cuGetProcAddress) is no finding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
+_HEADER = "========= COMPUTE-SANITIZER"
 _FINDING = re.compile(r"Invalid __|Race reported|hazard|Uninitialized|Barrier error|Misaligned|leaked")
 _BEGAN = time.monotonic()
 
@@ -39,6 +40,8 @@ def run(path: Path, tool: str, seconds: float) -> tuple[bool, str]:
     text = done.stdout + done.stderr
     findings = [line for line in text.splitlines() if _FINDING.search(line)]
     outcome = re.findall(r"^\d+ (?:passed|failed|skipped).*$", text, re.M)
+    if _HEADER not in text:
+        findings.append("the sanitizer said nothing")
     good = not findings and bool(outcome) and "failed" not in outcome[-1] and "passed" in outcome[-1]
     said = outcome[-1] if outcome else text[-300:]
     return good, f"{'ok ' if good else 'BAD'} {path.name}: {said} {findings[:3] or ''}"
@@ -50,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
-    files = args.files or sorted([*OPS.glob("test_*_cuda.py"), *OPS.glob("test_*_hopper.py")])
+    files = args.files or sorted({*OPS.glob("test_*_cuda.py"), *OPS.glob("test_prefill_attention*.py")})
     good = True
     for path in files:
         clean, line = run(path, args.tool, args.seconds)

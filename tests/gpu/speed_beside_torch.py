@@ -29,6 +29,7 @@ from cutp.bench.timing import microseconds  # noqa: E402
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list  # noqa: E402
 
 PAGE = 64
+_REST = 0.5  # seconds before each measurement: a GPU at its power limit lowers its clock within some 0.1 s
 _RAGGED = np.random.default_rng(7).integers(100, 901, 64).tolist()
 # name -> new tokens of each request, tokens cached before them, query heads, key-value heads, head dim
 CASES: dict[str, tuple[list[int], list[int], int, int, int]] = {
@@ -73,7 +74,7 @@ def cudnn(tokens: int, heads: int, kv_heads: int, head_dim: int) -> float:
                for n in (heads, kv_heads, kv_heads))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                                                enable_gqa=True), 20)
+                                                                                enable_gqa=True), 10, 3)
 
 
 def seconds(call: Callable[[], object], launches: int = 1, repeats: int = 5) -> float:
@@ -92,9 +93,11 @@ def seconds(call: Callable[[], object], launches: int = 1, repeats: int = 5) -> 
 def attention() -> None:
     for name, (new, cached, heads, kv_heads, head_dim) in CASES.items():
         amount = flop(new, cached, heads, head_dim)
+        time.sleep(_REST)
         rate = amount / microseconds([ours(new, cached, heads, kv_heads, head_dim)], least_launches=10) / 1e6
         line = f"{name:<26} cutp {rate:6.1f} TFLOP/s"
         if len(new) == 1 and not cached[0]:
+            time.sleep(_REST)
             line += f"   cuDNN {amount / cudnn(new[0], heads, kv_heads, head_dim) / 1e12:6.1f}"
         print(line, flush=True)
 
