@@ -21,7 +21,7 @@ from cutp.array import cuda
 from cutp.array.dtypes import bfloat16
 from cutp.array.gemm import linear
 from cutp.array.kernel import runs_on
-from cutp.bench.limits import Limits, normal
+from cutp.bench.limits import Limits, normal, reading
 from cutp.bench.timing import copies_beyond_cache, microseconds
 from cutp.ops.activation_cuda import gated_activation
 from cutp.ops.decode_attention_cuda import (
@@ -58,7 +58,7 @@ QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 MATRICES = {"qkv": (QKV, DIM), "o": (DIM, DIM), "gate_up": (2 * FFN, DIM), "down": (DIM, FFN), "head": (VOCAB, DIM)}
 TOKENS = (1, 8, 32, 4096)
 BATCHES = (1, 8, 32)
-CONTEXTS = (1024, 8192, 32768)
+CONTEXTS = (1024, 2048, 8192, 32768)
 PROMPTS = (1024, 4096, 16384)
 # Experts, chosen experts, width and feed-forward of one expert.
 MIXTURES = {"Mixtral-8x7B": (8, 2, 4096, 14336), "Qwen3-30B-A3B": (128, 8, 2048, 768)}
@@ -157,7 +157,8 @@ def gemm_cases(limits: Limits) -> Iterator[Case]:
 
 
 def decode_cases() -> Iterator[Case]:
-    """Decode attention at several batch sizes and contexts, its plan not included (it runs once a step)."""
+    """Decode attention at several batch sizes and contexts, its plan not included (it runs once a step), and beside it
+    reading as many bytes and nothing else, which takes its time to start and end too."""
     cupy = cuda.cupy()
     for batch in BATCHES:
         for context in CONTEXTS:
@@ -179,8 +180,12 @@ def decode_cases() -> Iterator[Case]:
                 return lambda: decode_attention(q, pages, lookup_table, lengths, plan, HEAD_DIM**-0.5,
                                                 partials=partials, counters=counters, blocks=blocks, out=out)
 
-            yield Case("decode_attention", f"B={batch} context={context}", 4.0 * batch * context * KV_HEADS * HEAD_DIM,
-                       make)
+            def read(batch=batch, per_request=per_request):
+                return reading(normal((batch * per_request, 2, KV_HEADS, PAGE, HEAD_DIM)))
+
+            case, moved = f"B={batch} context={context}", 4.0 * batch * context * KV_HEADS * HEAD_DIM
+            yield Case("decode_attention", case, moved, make)
+            yield Case("decode_attention, read", case, moved, read)
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -316,7 +321,7 @@ def main() -> None:
         if args.only not in case.kernel:
             continue
         r = measure(case, limits)
-        print(json.dumps(asdict(r)) if args.json else f"{r.kernel:<18} {r.case:<30} {r.microseconds:9.1f} us "
+        print(json.dumps(asdict(r)) if args.json else f"{r.kernel:<22} {r.case:<30} {r.microseconds:9.1f} us "
               f"{r.rate:8.1f} {r.unit:<8} {r.percent:5.1f} %", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def normal(shape: tuple[int, ...], dtype: Any = bfloat16) -> Any:
     return cupy.resize(pattern, count).reshape(shape)
 
 
+def reading(data: Any) -> Callable[[], object]:
+    """The call that starts a kernel which reads `data`, of a multiple of 16 bytes, once, and does nothing else."""
+    cupy = cuda.cupy()
+    vectors, out = data.reshape(-1).view(np.uint8).view("V16"), cupy.zeros(1, np.uint32)
+    blocks = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    args = [vectors, out, np.int64(vectors.size)]
+    return lambda: launch(_SOURCE, "read_all", blocks, 512, args)
+
+
 class Limits:
     """read_gbps: reading 2 GiB once, GB/s. matmul_tflops: cuBLASLt on a bfloat16 product of 8192^3, TFLOP/s."""
 
@@ -36,10 +46,7 @@ class Limits:
         self.matmul_tflops = self._matmul_tflops(cupy)
 
     def _read_gbps(self, cupy: Any) -> float:
-        data, out = cupy.zeros(_READ_BYTES // 16, "V16"), cupy.zeros(1, np.uint32)
-        blocks = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
-        args = [data, out, np.int64(data.size)]
-        time = microseconds([lambda: launch(_SOURCE, "read_all", blocks, 512, args)], least_launches=5)
+        time = microseconds([reading(cupy.zeros(_READ_BYTES, np.uint8))], least_launches=5)
         return _READ_BYTES / time / 1e3
 
     def _matmul_tflops(self, cupy: Any) -> float:

@@ -4,8 +4,8 @@
 
 Each file of tests/ops (by default all *_cuda.py and prefill attention) runs in a process of its own; tests that have
 not begun after so many seconds are left out, for under the sanitizer each takes long. Prints a line a file and ends
-with 1 if any has a finding or a failed test, or if the sanitizer was not there. What the driver refuses to cuda-bindings as
-it starts (cuGetProcAddress) is no finding.
+with 1 if any has a finding or a failed test, or if the sanitizer was not there. What the driver refuses to
+cuda-bindings as it starts (cuGetProcAddress) is no finding.
 """
 
 from __future__ import annotations
