@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from cutp import LLM, Communicator  # noqa: E402
+from cutp.comm.device_group import DeviceGroup  # noqa: E402
 from tests.mpirun import clean_environment, mpirun_command, run_mpi  # noqa: E402
 
 CUTP = [sys.executable, "-m", "cutp"]
@@ -54,28 +55,33 @@ def texts() -> list[list[int]]:
 
 
 def score(directory: Path, out: Path, dtype: str, invariant: bool) -> None:
-    """On every rank: the log-probabilities of `texts`, those of rank 0 into `out`."""
+    """On every rank: the log-probabilities of `texts` and how many sums ran under products; rank 0's into `out`."""
     from mpi4py import MPI
 
+    overlapped, start = [], DeviceGroup.all_reduce_async
+    DeviceGroup.all_reduce_async = lambda *args, **options: overlapped.append(0) or start(*args, **options)
     with Communicator.from_mpi(MPI.COMM_WORLD) as comm:
         with LLM(directory, device="cuda", dtype=dtype, max_len=2049, batch_invariant=invariant, comm=comm) as llm:
             scores = llm.score(texts())
         if comm.rank == 0:
-            np.save(out, np.concatenate([each.logprobs[1:] for each in scores]).astype(np.float64))
+            np.savez(out, logprobs=np.concatenate([each.logprobs[1:] for each in scores]).astype(np.float64),
+                     overlapped=len(overlapped))
 
 
 def scored(share: bool, n: int, dtype: str, *, overlap: bool = False, invariant: bool = False) -> np.ndarray:
-    """What `n` ranks make of `texts`; AssertionError if they fail."""
+    """What `n` ranks make of `texts`; AssertionError if they fail, or if sums do not `overlap` as they should."""
     from tests.gpu.hf_parity import LLAMA_8B, write_checkpoint
 
     directory = DIRECTORY / "llama-3.1-8b-4-layers"
     if not (directory / "model.safetensors").exists():
         write_checkpoint(directory, LLAMA_8B, "cuda")
-    out = DIRECTORY / "scores.npy"
+    out = DIRECTORY / "scores.npz"
     done = run_mpi(n, [sys.executable, __file__, "--score", directory, out, dtype, str(int(invariant))], timeout=300,
                    env=environment(share) | {"CUTP_MATMUL_ALLREDUCE": str(int(overlap))})
     assert done.returncode == 0, done.stderr[-2000:]
-    return np.load(out)
+    found = np.load(out)
+    assert bool(found["overlapped"]) == overlap, f"{found['overlapped']} sums ran under products"
+    return found["logprobs"]
 
 
 def parity(share: bool) -> tuple[bool, str]:
