@@ -84,7 +84,7 @@ class NcclLink:
         cards = host.all_gather_json(card)
         if _check_cards(transport, cards):
             # NCCL refuses two ranks of one host on one GPU. As ranks of different hosts they go through the network.
-            os.environ.setdefault("NCCL_HOSTID", f"{transport.hosts[transport.rank]}, rank {transport.rank}")
+            os.environ["NCCL_HOSTID"] = f"{transport.hosts[transport.rank]}, rank {transport.rank}"
         with host.agree("making an NCCL id"):
             uid = _unique_id(cuda.nccl()) if transport.rank == 0 else None
         link = NcclLink(transport, cupy, card)

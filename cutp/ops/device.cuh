@@ -38,7 +38,8 @@ template <class A> constexpr bool same_type<A, A> = true;
 
 // ---- global memory
 
-// 16 bytes of a weight: streamed past L1. Only for memory that nothing writes while the kernel runs or is queued.
+// 16 bytes of a weight: streamed past L1. Only for memory that nobody else writes while the kernel runs, nor a kernel
+// that may still be at work when it starts (decode_plan.cu, for one, lets none start before).
 // Not an .nc load: those the assembler moves behind a `pdl_wait` that follows them, this one stays before it.
 __device__ __forceinline__ uint4 load_weight(const void* p) {
     uint4 v;
