@@ -1,4 +1,4 @@
-"""sampling.cu, penalties.cu and logprobs.cu against their specification in NumPy: tokens bit for bit."""
+"""sampling.cu against its specification in NumPy: tokens bit for bit."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 
 from cutp.comm.communicator import Communicator
-from cutp.comm.threads import run_threads
 from cutp.errors import ConfigError
-from cutp.ops import logprobs as logprobs_reference
-from cutp.ops import logprobs_cuda, penalties, penalties_cuda, sampling_cuda
-from cutp.ops.logprobs_cuda import TOP_WORD
+from cutp.ops import sampling_cuda
 from cutp.ops.philox import GUMBEL_MAX, GUMBEL_MIN, gumbel_from_bits, sampling_bits
 from cutp.ops.sampling import SamplingRows, sample, scores
 from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, passes_needed
@@ -18,9 +15,7 @@ from cutp.ops.sampling_keys import NO_PAIR, pack_pairs, row_argmax, unpack_pairs
 from cutp.ops.sampling_thresholds import integer_masses, thresholds
 from tests.emulation.emulator import needs_compiler
 from tests.ops.kernel_results import emulated_only, gpu_only, in_every_order, read_only
-
-f32 = np.float32
-
+from tests.ops.logits_batch import f32, gather_over, on_shards, random_logits
 
 # Rows to sample and what should come out
 
@@ -43,16 +38,6 @@ def random_settings(rng, n):
         sample_index=rng.integers(0, 2**32, n),
         position=rng.integers(0, 2**32, n),
     )
-
-
-def random_logits(seed, n, v):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, v)) * rng.choice([0.3, 2, 6], (n, 1)) + rng.choice([-50, 0, 50], (n, 1))
-    tied = rng.random(n) < 0.4
-    x[tied] = np.round(x[tied] * 2) / 2
-    x[rng.random((n, v)) < 0.02] = -np.inf
-    x[:, -1] = 0
-    return x.astype(f32)
 
 
 def natural_log(v):
@@ -121,13 +106,7 @@ def run_sample(device, x, rows, vocab_start=0, *, comm=None, blocks=None, buffer
     buffers = buffers or new_buffers(device, *x.shape, blocks)
     arrays = arrays or SamplingArrays.of(rows, lambda a: read_only(device, a)[0])
     tokens = device.poisoned(len(x), np.int64)
-
-    def gather(array):
-        if comm is None:
-            return array[None]
-        return device.array(comm.all_gather(device.numpy(array)[None], axis=0))
-
-    sampling_cuda.sample(logits, vocab_start, arrays, buffers, gather, tokens=tokens,
+    sampling_cuda.sample(logits, vocab_start, arrays, buffers, gather_over(comm, device), tokens=tokens,
                          passes=passes_needed(rows) if passes is None else passes, **options)
     assert not device.numpy(buffers.tickets).any()
     return SimpleNamespace(tokens=device.numpy(tokens), least=device.numpy(buffers.least),
@@ -139,16 +118,6 @@ def assert_sampled(got, expected):
     np.testing.assert_array_equal(got.row_max, expected.row_max)
     np.testing.assert_array_equal(got.least, expected.least)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
-
-
-def on_shards(fn, x, borders):
-    """fn(shard, start, comm) on every rank."""
-
-    def body(comm):
-        lo, hi = borders[comm.rank], borders[comm.rank + 1]
-        return fn(np.ascontiguousarray(x[:, lo:hi]), int(lo), comm)
-
-    return run_threads(len(borders) - 1, body, timeout=100)
 
 
 # Sampling
@@ -442,161 +411,6 @@ def test_noise_is_close_to_numpy():
     assert noise.min() >= GUMBEL_MIN and noise.max() <= GUMBEL_MAX
 
 
-# Penalties
-
-
-@pytest.mark.parametrize("v", [1, 64, 203, 1300])
-def test_penalties_equal_the_reference(device, v):
-    rng = np.random.default_rng(v)
-    n, slots = 5, np.array([2, -1, 0, 4, 3], np.int32)
-    x = random_logits(v, n, v)
-    counts = np.where(rng.random((6, v)) < 0.3, rng.integers(1, 9, (6, v)), 0).astype(np.int32)
-    counts[rng.random((6, v)) < 0.2] |= penalties.PROMPT_FLAG
-    rows = penalties.PenaltyRows(f32([1.3, 2, 1, 0.7, 1]), f32([0, 1, 0.3, -0.5, 0]), f32([0.1, 1, 0, 0.7, 0]))
-    for given in (slots, None):
-        expected, logits = x.copy(), device.array(x)
-        penalties.apply_penalties(expected, counts, np.arange(n) if given is None else given, rows)
-        each = read_only(device, rows.repetition, rows.presence, rows.frequency)
-        on_device = None if given is None else device.array(given)
-        penalties_cuda.apply_penalties(logits, *read_only(device, counts), on_device, *each)
-        np.testing.assert_array_equal(device.numpy(logits), expected)
-
-
-@pytest.mark.parametrize(("v", "vocab_start", "listed"), [(50, 0, 9), (50, 30, 9), (7, 41, 300), (0, 3, 2), (9, 0, 0)])
-def test_bias_equals_the_reference(device, v, vocab_start, listed):
-    rng = np.random.default_rng(listed)
-    x = random_logits(1, 3, v) if v else np.zeros((3, 0), f32)
-    ids = np.array([rng.permutation(max(90, listed))[:listed] for _ in range(3)], np.int32).reshape(3, listed)
-    ids[rng.random(ids.shape) < 0.3] = -1
-    values = rng.standard_normal(ids.shape).astype(f32)
-    expected, logits = x.copy(), device.array(x)
-    penalties.add_logit_bias(expected, vocab_start, ids, values)
-    penalties_cuda.add_logit_bias(logits, vocab_start, *read_only(device, ids, values))
-    np.testing.assert_array_equal(device.numpy(logits), expected)
-
-
-@pytest.mark.parametrize("in_prompt", [False, True])
-def test_counts_equal_the_reference(device, in_prompt):
-    rng = np.random.default_rng(21)
-    counts = rng.integers(0, 3, (4, 33)).astype(np.int32)
-    slots, tokens = rng.integers(-1, 4, 300).astype(np.int32), rng.integers(-1, 60, 300)
-    expected, on_device = counts.copy(), device.array(counts)
-    penalties.count_tokens(expected, 11, slots, tokens, in_prompt=in_prompt)
-    penalties_cuda.count_tokens(on_device, 11, *read_only(device, slots, tokens), in_prompt=in_prompt)
-    np.testing.assert_array_equal(device.numpy(on_device), expected)
-    tokens = np.array([3, -1, 40, 12])
-    penalties.count_tokens(expected, 0, np.arange(4), tokens)
-    penalties_cuda.count_tokens(on_device, 0, None, device.array(tokens))
-    np.testing.assert_array_equal(device.numpy(on_device), expected)
-
-
-# Log-probabilities
-
-
-def run_logprobs(device, x, targets, n_top, vocab_start=0, *, comm=None, wanted=None, **options):
-    batch, columns = x.shape
-    wanted = np.zeros(batch, np.int32) if wanted is None else wanted
-    words = TOP_WORD + n_top
-    out = dict(logprobs=device.poisoned(batch, f32), is_greedy=device.array(np.zeros(batch, bool)),
-               top_ids=device.poisoned((batch, n_top), np.int64), top_logprobs=device.poisoned((batch, n_top), f32))
-    tickets = device.array(np.zeros(batch, np.uint32))
-
-    def gather(array):
-        if comm is None:
-            return array[None]
-        return device.array(comm.all_gather(device.numpy(array)[None], axis=0))
-
-    logprobs_cuda.logprobs(
-        *read_only(device, x), vocab_start, *read_only(device, wanted, np.asarray(targets, np.int64)), gather,
-        parts=device.poisoned((batch, logprobs_cuda.slices_per_row(columns), words), np.uint64), tickets=tickets,
-        records=device.poisoned((batch, words), np.uint64), **out, **options)
-    assert not device.numpy(tickets).any()
-    return SimpleNamespace(**{name: device.numpy(array) for name, array in out.items()})
-
-
-def assert_logprobs(got, x, targets, n_top):
-    alone = Communicator.single()
-    logprobs, is_greedy = logprobs_reference.target_logprobs(x, 0, targets, alone)
-    ids, top = logprobs_reference.top_logprobs(x, 0, n_top, alone)
-    np.testing.assert_allclose(got.logprobs, logprobs, rtol=3e-7, atol=6e-7)
-    np.testing.assert_array_equal(got.is_greedy, is_greedy)
-    np.testing.assert_array_equal(got.top_ids, ids)
-    np.testing.assert_allclose(got.top_logprobs, top, rtol=3e-7, atol=6e-7)
-
-
-@pytest.mark.parametrize(("n", "v", "n_top"), [(3, 1, 1), (4, 7, 20), (5, 66, 5), (3, 1500, 20), (2, 2000, 0),
-                                               (2, 8192, 3), (3, 9001, 20)])
-def test_logprobs_equal_the_reference(device, n, v, n_top):
-    x = random_logits(v, n, v)
-    targets = np.random.default_rng(v).integers(0, v, n)
-    targets[0] = x[0].argmax()
-    assert_logprobs(run_logprobs(device, x, targets, n_top), x, targets, n_top)
-
-
-@pytest.mark.parametrize("borders", [[0, 101, 203], [0, 3, 3, 150, 203], [0, 0, 203]], ids=str)
-def test_logprobs_on_shards(device, borders):
-    x = random_logits(22, 6, 203)
-    targets = np.array([0, 202, 2, 3, 150, 149])
-    for got in on_shards(lambda part, start, comm: run_logprobs(device, part, targets, 8, start, comm=comm), x,
-                         borders):
-        assert_logprobs(got, x, targets, 8)
-
-
-def test_many_candidates_for_few_places(device):
-    """All the greatest logits belong to one thread, ties among them."""
-    x = random_logits(23, 2, 8192) / 100
-    place = np.concatenate([np.arange(4) + 1024 * i for i in range(8)])
-    x[0, place] = 10 + (np.arange(32) // 3)
-    x[1, place] = 10
-    targets = np.array([place[5], place[31]])
-    assert_logprobs(run_logprobs(device, x, targets, 20), x, targets, 20)
-
-
-def test_logprobs_of_infinities(device):
-    x = np.array([[np.inf, 0, np.inf, -np.inf], [-np.inf, 0, -np.inf, -np.inf]], f32)
-    for target in range(4):
-        for borders in ([0, 4], [0, 1, 4]):
-            for got in on_shards(lambda part, start, comm, t=target: run_logprobs(device, part, [t, t], 3, start,
-                                                                                  comm=comm), x, borders):
-                assert_logprobs(got, x, np.array([target] * 2), 3)
-
-
-def test_logprobs_of_unusable_rows_and_rows_not_wanted(device):
-    x = random_logits(24, 6, 40)
-    x[1, 3], x[2], x[4] = np.nan, -np.inf, np.nan
-    targets = np.array([5, 5, 5, 5, 5, 40])
-    got = run_logprobs(device, x, targets, 4, wanted=np.array([0, 3, 0, 20, -1, 0], np.int32))
-    assert np.isnan(got.logprobs[[1, 2, 4, 5]]).all() and not got.is_greedy[[1, 2, 4]].any()
-    assert (got.top_ids[4] == np.iinfo(np.int64).max).all() and np.isnan(got.top_logprobs[4]).all()
-    fine = [0, 3]
-    assert_logprobs(SimpleNamespace(**{k: v[fine] for k, v in vars(got).items()}), x[fine], targets[fine], 4)
-
-
-def test_logprobs_of_a_row_do_not_depend_on_its_batch(device):
-    x, targets = random_logits(25, 4, 8501), np.arange(4) * 7
-    batch = run_logprobs(device, x, targets, 6, pdl=True)
-    for i in range(4):
-        one = run_logprobs(device, x[i : i + 1], targets[i : i + 1], 6)
-        for name, values in vars(one).items():
-            np.testing.assert_array_equal(values[0], getattr(batch, name)[i])
-
-
-@needs_compiler
-def test_logprobs_do_not_depend_on_the_order_of_threads():
-    from tests.ops.conftest import EmulatedArrays
-
-    x, targets = random_logits(26, 1, 8300), np.array([17])
-
-    def run():
-        got = run_logprobs(EmulatedArrays(), x, targets, 20)
-        return got.logprobs, got.top_logprobs, got.top_ids.astype(f32)
-
-    logprobs, top, ids = in_every_order(run)
-    expected_ids, expected = logprobs_reference.top_logprobs(x, 0, 20, Communicator.single())
-    np.testing.assert_array_equal(ids, expected_ids)
-    np.testing.assert_allclose(top, expected, rtol=3e-7, atol=6e-7)
-
-
 # On a GPU also in the sizes of real models
 
 
@@ -610,14 +424,6 @@ def test_sample_of_large_vocabularies(device, n, v, size):
     borders = np.linspace(0, v, size + 1).astype(int)
     for got in on_shards(lambda part, start, comm: run_sample(device, part, rows, start, comm=comm), x, borders):
         assert_sampled(got, expected)
-
-
-@gpu_only
-@pytest.mark.parametrize(("n", "v"), [(1, 128256), (64, 151937), (2, 2**18)])
-def test_logprobs_of_large_vocabularies(device, n, v):
-    x = random_logits(v, n, v)
-    targets = np.random.default_rng(n).integers(0, v, n)
-    assert_logprobs(run_logprobs(device, x, targets, 20), x, targets, 20)
 
 
 @gpu_only
@@ -685,39 +491,3 @@ def test_rows_that_do_not_fit(device, field):
     setattr(arguments["rows"], field, np.zeros(2, np.int16))
     with pytest.raises(ConfigError, match=f"{field} has dtype int16"):
         sampling_cuda.sample(**arguments)
-
-
-@emulated_only
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(counts=np.zeros((2, 6))), "counts has dtype float64"),
-    (dict(counts=np.zeros((2, 5), np.int32)), "counts has shape"),
-    (dict(slots=np.zeros(2)), "slots has dtype float64"),
-    (dict(slots=None, counts=np.zeros((1, 6), np.int32)), "a line for each of 2 rows"),
-    (dict(presence=np.zeros(3, f32)), "presence has shape"),
-])
-def test_arguments_of_penalties_that_do_not_fit(device, change, message):
-    given = {"logits": np.zeros((2, 6), f32), "counts": np.zeros((2, 6), np.int32), "slots": np.zeros(2, np.int32),
-             "repetition": np.ones(2, f32), "presence": np.zeros(2, f32), "frequency": np.zeros(2, f32)}
-    with pytest.raises(ConfigError, match=message):
-        penalties_cuda.apply_penalties(**{**given, **change})
-
-
-@emulated_only
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(records=np.zeros((2, 2), np.uint64)), "room for -1 top tokens"),
-    (dict(records=np.zeros((2, 24), np.uint64)), "room for 21 top tokens"),
-    (dict(parts=np.zeros((2, 2, 5), np.uint64)), "parts has shape"),
-    (dict(wanted=np.zeros(2, bool)), "wanted has dtype bool"),
-    (dict(targets=np.zeros(2, np.int32)), "targets has dtype int32"),
-    (dict(is_greedy=np.zeros(2, np.int8)), "is_greedy has dtype int8"),
-    (dict(top_ids=np.zeros((2, 3), np.int64)), "top_ids has shape"),
-    (dict(logprobs=np.zeros(2)), "logprobs has dtype float64"),
-])
-def test_arguments_of_logprobs_that_do_not_fit(device, change, message):
-    given = {"logits": np.zeros((2, 6), f32), "vocab_start": 0, "wanted": np.zeros(2, np.int32),
-             "targets": np.zeros(2, np.int64), "gather": lambda x: x[None], "parts": np.zeros((2, 1, 5), np.uint64),
-             "tickets": np.zeros(2, np.uint32), "records": np.zeros((2, 5), np.uint64), "logprobs": np.zeros(2, f32),
-             "is_greedy": np.zeros(2, bool), "top_ids": np.zeros((2, 2), np.int64),
-             "top_logprobs": np.zeros((2, 2), f32)}
-    with pytest.raises(ConfigError, match=message):
-        logprobs_cuda.logprobs(**{**given, **change})
