@@ -1,19 +1,22 @@
 """The kernels' GPU tests under compute-sanitizer:
 
-    python tests/gpu/sanitize.py [--tool memcheck] [--seconds 60] [FILE...]
+    python tests/gpu/sanitize.py [--planted] [--tool memcheck] [--seconds 60] [FILE...]
 
 Each file of tests/ops (by default all *_cuda.py and prefill attention) runs in a process of its own; tests that have
 not begun after so many seconds are left out, for under the sanitizer each takes long. Prints a line a file and ends
 with 1 if any has a finding or a failed test, or if the sanitizer was not there. What the driver refuses to
-cuda-bindings as it starts (cuGetProcAddress) is no finding.
+cuda-bindings as it starts (cuGetProcAddress) is no finding. With --planted, a copy of residual.cu that writes out of
+bounds comes first: nothing else runs, and the script ends with 1, unless memcheck sees that.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +27,10 @@ _HEADER = "========= COMPUTE-SANITIZER"
 # A clean racecheck ends with "RACECHECK SUMMARY: 0 hazards displayed". pytest's dots may stand before any line.
 _FINDING = re.compile(r"=========.*(?:Invalid __|Race reported|(?<! 0 )hazard|Uninitialized|Barrier error|Misaligned|"
                       r"leaked)")
+_OVERRUN = re.compile(r"========= Invalid __global__ write")
 _PADDING = 4096  # bytes
+_RIGHT = "store_activations(out + first_element(), here, sum);"
+_PLANTED = "store_activations(out + first_element() + width, here, sum);"
 _BEGAN = time.monotonic()
 
 
@@ -73,14 +79,42 @@ def judge(path: Path, text: str) -> tuple[bool, str]:
     return good, f"{'ok ' if good else 'BAD'} {path.name}: {said} {findings[:3] or ''}"
 
 
+def plant(root: Path) -> None:
+    """A copy of what the tests need at `root`, in which `residual_add` writes a vector beyond where it should."""
+    for folder in ("cutp", "tests"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", root)
+    source = root / "cutp" / "ops" / "residual.cu"
+    text = source.read_text()
+    if text.count(_RIGHT) != 1:
+        sys.exit(f"BAD planted: cutp/ops/residual.cu has the line to change {text.count(_RIGHT)} times: {_RIGHT}")
+    source.write_text(text.replace(_RIGHT, _PLANTED))
+
+
+def planted(seconds: float) -> tuple[bool, str]:
+    """Whether memcheck sees a write out of bounds in a kernel of ours, and a line that says so."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        plant(root)
+        text = run(root, root / "tests" / "ops" / "test_residual_cuda.py", "memcheck", seconds)
+    seen = [line for line in text.splitlines() if _OVERRUN.search(line)]
+    return bool(seen), f"ok  planted: {seen[0]}" if seen else f"BAD planted: no finding in {text[-2000:]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--planted", action="store_true", help="first show that a write out of bounds would be seen")
     args = parser.parse_args()
     files = args.files or sorted({*OPS.glob("test_*_cuda.py"), *OPS.glob("test_prefill_attention*.py")})
     good = True
+    if args.planted:
+        good, line = planted(args.seconds)
+        print(line, flush=True)
+        if not good:
+            sys.exit(1)
     for path in files:
         clean, line = judge(path, run(ROOT, path.resolve(), args.tool, args.seconds))
         good &= clean
