@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from cutp.ops.decode_attention_cuda import (
     decode_attention,
     decode_plan,
     decode_workspace,
+    rotary_decode_attention,
     splits_for_batch,
 )
 from cutp.ops.embedding_cuda import embedding
@@ -157,7 +159,8 @@ def gemm_cases(limits: Limits) -> Iterator[Case]:
 
 
 def decode_cases() -> Iterator[Case]:
-    """Decode attention at several batch sizes and contexts, its plan not included (it runs once a step), and beside it
+    """Decode attention at several batch sizes and contexts, its plan not included (it runs once a step): by itself; as
+    in a step, with the rotary embedding and started under the kernel before, here another of the same; and beside both
     reading as many bytes and nothing else, which takes its time to start and end too."""
     cupy = cuda.cupy()
     for batch in BATCHES:
@@ -166,25 +169,33 @@ def decode_cases() -> Iterator[Case]:
             if batch * context > 32 * 8192:
                 continue
 
-            def make(batch=batch, context=context, per_request=per_request):
+            def make(rotates, batch=batch, context=context, per_request=per_request):
                 table = np.random.default_rng(2).permutation(batch * per_request).reshape(batch, per_request)
                 pages = normal((batch * per_request, 2, KV_HEADS, PAGE, HEAD_DIM))
                 lengths = cupy.full(batch, context, np.int32)
                 shapes = decode_workspace(batch, context, HEADS, KV_HEADS, HEAD_DIM)
                 plan = cupy.zeros(shapes.plan, np.int32)
-                partials, counters = cupy.empty(shapes.partials, np.float32), cupy.zeros(shapes.counters, np.uint32)
                 decode_plan(lengths, KV_HEADS, target_splits=splits_for_batch(batch, KV_HEADS), plan=plan)
-                q, out = normal((batch, HEADS, HEAD_DIM)), cupy.empty((batch, HEADS, HEAD_DIM), bfloat16)
-                blocks = cupy.cuda.Device().attributes["MultiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR
+                q, qkv = normal((batch, HEADS, HEAD_DIM)), normal((batch, QKV))
+                cos, sin = normal((2, batch, HEAD_DIM // 2), np.float32)
                 lookup_table = cupy.asarray(table.astype(np.int32))
-                return lambda: decode_attention(q, pages, lookup_table, lengths, plan, HEAD_DIM**-0.5,
-                                                partials=partials, counters=counters, blocks=blocks, out=out)
+                rest = pages, lookup_table, lengths, plan, HEAD_DIM**-0.5
+                options = {
+                    "partials": cupy.empty(shapes.partials, np.float32),
+                    "counters": cupy.zeros(shapes.counters, np.uint32),
+                    "blocks": cupy.cuda.Device().attributes["MultiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR,
+                    "out": cupy.empty((batch, HEADS, HEAD_DIM), bfloat16),
+                }
+                if rotates:
+                    return lambda: rotary_decode_attention(qkv, cos, sin, *rest, **options, pdl=True)
+                return lambda: decode_attention(q, *rest, **options)
 
             def read(batch=batch, per_request=per_request):
                 return reading(normal((batch * per_request, 2, KV_HEADS, PAGE, HEAD_DIM)))
 
             case, moved = f"B={batch} context={context}", 4.0 * batch * context * KV_HEADS * HEAD_DIM
-            yield Case("decode_attention", case, moved, make)
+            yield Case("decode_attention", case, moved, partial(make, False))
+            yield Case("rotary_decode_attention", case, moved, partial(make, True))
             yield Case("decode_attention, read", case, moved, read)
 
 

@@ -29,7 +29,16 @@
 #include "decode_float.cuh"
 #include "decode_merge.cuh"
 
-constexpr int blocks_per_sm = tensor_cores && HEAD_DIM <= 128 && HEAD_TILES == 1 ? 3 : 2;
+// A multiprocessor has room for two blocks of each variant and for no third: else those that are free first get three,
+// others one, and the work takes longer (NOTES.md). Where two blocks leave registers for a third they take some more, but
+// few: there is to be room for a block of stream_gemm.cu beside them.
+constexpr int blocks_per_sm = 2;
+constexpr int spare_registers = !tensor_cores         ? 0
+                                : HEAD_DIM == 64      ? (HEAD_TILES == 1 ? 34 : 12)
+                                : HEAD_TILES == 2     ? 0
+                                : HEAD_DIM <= 96      ? 6
+                                : HEAD_DIM == 128     ? (rotates ? 0 : 2)
+                                                      : 0;
 
 template <class T> struct AttentionOf { typedef TensorCoreAttention<T> type; };
 template <> struct AttentionOf<float> { typedef FloatAttention type; };
@@ -78,6 +87,8 @@ decode_attention(const scalar_t* q, const float* cos, const float* sin, scalar_t
     const Arguments a{q,        cos,      sin,       pages,     lookup_table, plan,  sinks,       out, partials,
                       counters, capacity, max_pages, page_size, kv_heads,     group, score_scale, cap};
     Attention attention;
+    SpareRegisters<spare_registers> spare;
+    spare.begin();
     pdl_launch_dependents();
     const int stride = gridDim.x;
     const uint4 item = load_item(a, blockIdx.x);
@@ -116,7 +127,10 @@ decode_attention(const scalar_t* q, const float* cos, const float* sin, scalar_t
             if (more && in_halves) attention.load_keys(at);
             if (more) attention.load_values(at);
         }
-        if (is_final) return finish<in_halves ? 32 : 64>(a, task, attention);
+        if (is_final) {
+            spare.end(batch < 0, out);
+            return finish<in_halves ? 32 : 64>(a, task, attention);
+        }
         finish<32>(a, task, attention);  // the next keys and values are in registers
         task = next;
     }

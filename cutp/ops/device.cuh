@@ -269,6 +269,25 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 #endif
 }
 
+// ---- registers
+
+// n registers that a kernel holds from `begin` to `end` and does not need: how many blocks a multiprocessor has room for
+// depends on how many registers they take. They begin as what no compiler can compute again, and end in a store that is
+// not made: `never` is false, which the compiler must not know.
+template <int n> struct SpareRegisters {
+    u32 of[n > 0 ? n : 1];
+
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < n; i++) asm volatile("mov.u32 %0, %%clock;" : "=r"(of[i]));
+    }
+    __device__ __forceinline__ void end(bool never, void* p) const {
+        if (!never) return;
+#pragma unroll
+        for (int i = 0; i < n; i++) static_cast<volatile u32*>(p)[i] = of[i];
+    }
+};
+
 // ---- time
 
 // Nanoseconds of a clock that all blocks share, for bounds on waiting (its resolution may be 1 us).

@@ -24,9 +24,9 @@
 // activation.py: a piece is `rows` rows of each, in separate groups, so that one thread has a gate and its up.
 //
 // archs: sm_90a
-// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64 GROUPS=1 SPLITS=4
-// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64 GROUPS=2 SPLITS=2
-// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64 GROUPS=4 SPLITS=1
+// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64,96 GROUPS=1 SPLITS=4
+// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64,96 GROUPS=2 SPLITS=2
+// variants: DTYPE=BF16,F16 COLUMNS=8,16,32,64,96 GROUPS=4 SPLITS=1
 // variants: DTYPE=BF16,F16 COLUMNS=8,16 GROUPS=2 SPLITS=2,4 GATED
 // variants: DTYPE=BF16,F16 COLUMNS=8,16 GROUPS=4 SPLITS=1 GATED
 #include "device.cuh"

@@ -22,7 +22,7 @@ DTYPES = ("bfloat16", "float16")
 PANEL_LENGTH = ROW_ELEMENTS
 """K is a multiple of this."""
 
-MAX_M = 64
+MAX_M = 96
 """The most rows of x."""
 
 # In the order of the enum in activation.cuh; others would make the kernel large.
@@ -167,7 +167,7 @@ def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
 
 def _columns(m: int) -> int:
     """COLUMNS of the kernel."""
-    return next(c for c in (8, 16, 32, 64) if m <= c)
+    return next(c for c in (8, 16, 32, 64, 96) if m <= c)
 
 
 def _time(n: int, m: int, rows: int, parts: int) -> float:

@@ -30,6 +30,13 @@ def test_the_assembler_warns_of_no_loss_of_speed(outcome):
     assert not outcome.losses, "\n".join(outcome.losses)
 
 
+def test_a_multiprocessor_has_room_for_two_blocks_of_decode_attention_and_no_more(outcome):
+    """By their registers, which come in eights: uneven numbers of blocks cost a tenth of the speed (NOTES.md)."""
+    registers = {key: usage.registers for key, usage in outcome.usage.items() if key.startswith("decode_attention.cu/")}
+    blocks = {key: 65536 // (-(-count // 8) * 8 * 128) for key, count in registers.items() if key.endswith("/sm_90a")}
+    assert blocks and {key: n for key, n in blocks.items() if n != 2} == {}
+
+
 def test_the_budget_names_only_what_is_compiled(outcome):
     assert outcome.errors or outcome.unknown(read_budget()) == []
 

@@ -211,6 +211,13 @@ inline float reciprocal_approx(float v) { return 1.0f / v; }
 
 inline void pdl_wait() { emulation::grid_wait(); }
 inline void pdl_launch_dependents() {}
+template <int n> struct SpareRegisters {
+    void begin() {}
+    void end(bool never, void*) const {
+        if (never) emulation::fail("SpareRegisters: the condition that is never true is true");
+    }
+};
+
 inline u64 global_timer() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

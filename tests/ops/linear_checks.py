@@ -92,8 +92,8 @@ def check_refused(multiply, message, x, weight, bias=None, out=None):
         multiply(x, weight, bias, out=out)
 
 
-def check_bad_arguments(multiply):
-    """Of any product of bfloat16 rows of 64 with up to 64 of them."""
+def check_bad_arguments(multiply, most):
+    """Of any product of bfloat16 rows of 64 with up to `most` of them."""
     x, weight = ones(2, 64), ones(8, 64)
     for message, *arguments in (
         ("x has dtype int32", x.astype(np.int32), weight),
@@ -109,7 +109,7 @@ def check_bad_arguments(multiply):
         ("out has dtype", x, weight, None, ones(2, 8, dtype=float16)),
         ("out .*rows that are not contiguous", x, weight, None, ones(2, 16)[:, ::2]),
         ("out .*rows -16 bytes apart", x, weight, None, ones(2, 8)[::-1]),
-        ("x has 65 rows, more than 64", ones(65, 64), weight),
+        (f"x has {most + 1} rows, more than {most}", ones(most + 1, 64), weight),
         ("x .*rows that are not contiguous", ones(2, 128)[:, ::2], weight),
         ("x .*rows 136 bytes apart", ones(2, 68)[:, :64], weight),
         ("x .*rows 0 bytes apart", np.broadcast_to(ones(64), (2, 64)), weight),

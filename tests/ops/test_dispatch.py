@@ -127,8 +127,8 @@ def test_the_streaming_kernel_is_for_hopper(up, monkeypatch):
     assert run(x(3, dtype=float16)) == [("plain", 3, WIDTH), ("gated", 3, WIDTH)]
     assert run(x(3), name="gelu") == [("plain", 3, WIDTH)] * 2
     assert run(x(16)) == [("plain", 16, WIDTH), ("gated", 16, WIDTH)]
-    assert run(x(17)) == [("plain", 17, WIDTH)] * 2 and run(x(64)) == [("plain", 64, WIDTH)] * 2
-    for other in (x(65), x(3, dtype=float32), x(3, width=WIDTH + 8)):
+    assert run(x(17)) == [("plain", 17, WIDTH)] * 2 and run(x(96)) == [("plain", 96, WIDTH)] * 2
+    for other in (x(97), x(3, dtype=float32), x(3, width=WIDTH + 8)):
         assert run(other) == [], (other.shape, other.dtype)
     with dispatch.row_invariant(True):
         assert run(x(3)) == []

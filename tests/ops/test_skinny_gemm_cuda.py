@@ -123,7 +123,7 @@ def test_order_of_threads_does_not_matter(device, dtype):
 
 @emulated_only
 def test_bad_arguments(device):
-    linear_checks.check_bad_arguments(skinny_gemm)
+    linear_checks.check_bad_arguments(skinny_gemm, MAX_M)
     refused = partial(linear_checks.check_refused, skinny_gemm)
     refused("rows of 12 bfloat16 .*multiple of 8", ones(2, 12), ones(8, 12))
     refused("rows of 0 bfloat16", ones(2, 0), ones(8, 0))

@@ -31,13 +31,13 @@ DTYPES = [bfloat16, float16]
 # a stage), several pieces of a block, rings that go round.
 CASES = [(16, 64, 1, 16), (37, 1024, 5, 16), (40, 320, 8, 40), (1, 64, 1, 8), (70, 192, 9, 64), (130, 128, 16, 72),
          (129, 64, 17, 128), (25, 512, 33, 24), (90, 256, 64, 96), (201, 64, 3, 200), (250, 64, 20, 136),
-         (257, 128, 64, 192)]
+         (257, 128, 64, 192), (24, 320, 65, 24), (90, 192, 96, 96), (260, 64, 80, 200)]
 # F, K, M, rows of a piece, splits.
 GATED_CASES = [(16, 64, 1, 16, 4), (21, 1024, 7, 24, 4), (70, 128, 12, 64, 2), (70, 192, 16, 72, 1),
                (130, 192, 3, 128, 1)]
 # What models have, too large for the emulation: N, K, M.
 LARGE = [*linear_checks.LARGE, (28672, 4096, 1), (28672, 4096, 64), (3072, 4096, 2), (33000, 2048, 32),
-         (4095, 3584, 64)]
+         (4095, 3584, 64), (28672, 4096, 96), (4096, 14336, 81), (6144, 1024, 65)]
 
 
 def run(device, x, weight, bias=None, out_dtype=None, **options):
@@ -219,7 +219,7 @@ def test_order_of_threads_does_not_matter(device):
 
 @emulated_only
 def test_bad_arguments(device):
-    linear_checks.check_bad_arguments(stream_gemm)
+    linear_checks.check_bad_arguments(stream_gemm, MAX_M)
     refused = partial(linear_checks.check_refused, stream_gemm)
     refused("x has dtype float32", ones(2, 16, dtype=float32), ones(8, 16))
     refused("multiple of 64 elements", ones(2, 96), ones(8, 96))
@@ -245,7 +245,7 @@ LENGTHS = [64, 512, 576, 896, 1792, 2048, 4096, 14336, 28672]
 
 
 def plans():
-    for gated, n, k, m in product((False, True), SIZES, LENGTHS, (1, 8, 9, 16, 17, 32, 33, 64)):
+    for gated, n, k, m in product((False, True), SIZES, LENGTHS, (1, 8, 9, 16, 17, 32, 33, 64, 65, 96)):
         if not gated or m <= GATED_MAX_M:
             yield gated, n, k, m, plan(n, k, m, gated=gated)
 
@@ -283,7 +283,7 @@ def test_plans_fit():
 def test_the_sums_do_not_depend_on_m_nor_on_the_activation():
     for n in (*SIZES, *range(8, 60000, 1000)):
         splits = splits_of(2 * n)
-        for m in (1, 8, 9, 16, 17, 32, 33, 64):
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 96):
             assert plan(2 * n, 4096, m).splits == splits
             assert m > GATED_MAX_M or plan(n, 4096, m, gated=True).splits == splits
 
