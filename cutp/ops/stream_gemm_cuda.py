@@ -23,7 +23,7 @@ PANEL_LENGTH = ROW_ELEMENTS
 """K is a multiple of this."""
 
 MAX_M = 96
-"""The most rows of x."""
+"""The most rows of x. With more, every block's reading of all of x takes longer than its weights (NOTES.md)."""
 
 # In the order of the enum in activation.cuh; others would make the kernel large.
 GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}

@@ -4,9 +4,8 @@
 
 Each file of tests/ops (by default all *_cuda.py and prefill attention) runs in a process of its own; tests that have
 not begun after so many seconds are left out, for under the sanitizer each takes long. Prints a line a file and ends
-with 1 if any has a finding or a failed test, or if the sanitizer was not there. What the driver refuses to
-cuda-bindings as it starts (cuGetProcAddress) is no finding. With --planted, a copy of residual.cu that writes out of
-bounds comes first: nothing else runs, and the script ends with 1, unless memcheck sees that.
+with 1 if any has a finding or a failed test, or if the sanitizer was not there. With --planted, a copy of residual.cu
+that writes out of bounds comes first: nothing else runs, and the script ends with 1, unless memcheck sees that.
 """
 
 from __future__ import annotations
@@ -59,9 +58,10 @@ def pytest_runtest_setup(item):
 def run(root: Path, path: Path, tool: str, seconds: float) -> str:
     """What the sanitizer and pytest print about the tests of `path`, a file of the checkout at `root`."""
     # Memory that belongs to nobody behind each allocation, or an overrun may end in the next one and not be seen.
-    padding = ["--padding", str(_PADDING)] if tool == "memcheck" else []
+    # What the driver refuses to cuda-bindings as it starts is no finding, and would use up the limit of lines.
+    options = ["--padding", str(_PADDING), "--report-api-errors", "no"] if tool == "memcheck" else []
     # -s: pytest's capture of the file descriptors would keep the sanitizer's lines.
-    command = ["compute-sanitizer", "--tool", tool, *padding, "--print-limit", "5", sys.executable, "-m", "pytest",
+    command = ["compute-sanitizer", "--tool", tool, *options, "--print-limit", "5", sys.executable, "-m", "pytest",
                "-q", "-x", "-s", "-m", "gpu", "-p", "tests.gpu.sanitize", "-p", "no:cacheprovider",
                "--seconds", str(seconds), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=4 * seconds + 120)
