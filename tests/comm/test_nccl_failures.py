@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -253,11 +254,15 @@ def test_an_error_of_nccl_is_seen_while_waiting_and_after(cupy, stuck):
 
 @pytest.mark.parametrize("waiting", [True, False])
 def test_a_failure_of_a_peer_aborts_at_once(cupy, waiting):
+    summed = threading.Event()  # by rank 0: else it could hear of the failure before it does what is tested
+
     def body(comm, gpu):
         sum_and_wait(comm, cupy)
         if comm.rank == 1:
+            assert summed.wait(5)
             comm.fail(ValueError("no more"))
             return None
+        summed.set()
         total = comm.all_reduce if not waiting else comm.wait
         with pytest.raises(PeerFailedError):
             if waiting:
