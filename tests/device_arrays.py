@@ -40,15 +40,17 @@ class DeviceArray(np.ndarray):
         return self.view(np.ndarray)
 
 
-class _Download:
-    """A copy to the host that arrives no earlier than it is waited for."""
+class _Mark:
+    """What kernels have written to mapped memory is there no earlier than it is waited for."""
 
-    def __init__(self, host, value):
-        self._host, self._value = host, value
-        host.view(np.uint8)[...] = 0xFF
+    def __init__(self, mapped):
+        self._arrived = [(host, host.copy()) for host in mapped]
+        for host in mapped:
+            host[...] = 0xFF
 
     def synchronize(self):
-        self._host[...] = self._value
+        for host, arrived in self._arrived:
+            host[...] = arrived
 
 
 class EmulatedMemory:
@@ -56,6 +58,7 @@ class EmulatedMemory:
 
     def __init__(self, size=4 << 30):
         self.size, self.used = size, 0
+        self._mapped = []
 
     def empty(self, shape, dtype):
         assert _recording is None, "memory is taken inside a capture"
@@ -77,16 +80,20 @@ class EmulatedMemory:
     def pinned(self, size):
         return np.zeros(size, np.uint8)
 
+    def mapped(self, size):
+        host = np.full(size, 0xFF, np.uint8)
+        self._mapped.append(host)
+        return host, host.view(DeviceArray)
+
+    def mark(self):
+        assert _recording is None, "a mark inside a capture"
+        return _Mark(self._mapped)
+
     def upload(self, target, host):
         assert _recording is None, "a copy from the host inside a capture"
         assert type(host) is np.ndarray and type(target) is DeviceArray and target.shape == host.shape, (target, host)
         assert target.dtype == host.dtype and target.flags.c_contiguous
         target.host[...] = host
-
-    def download(self, host, x):
-        assert _recording is None, "a copy to the host inside a capture"
-        assert type(host) is np.ndarray and host.dtype == x.dtype and host.shape == x.shape
-        return _Download(host, np.array(x.host))
 
     def numpy(self, x):
         assert _recording is None, "a copy to the host inside a capture"

@@ -37,20 +37,24 @@ class CudaMemory:
         """See `Memory.pinned`. CapacityError if the host has not got so much."""
         return _pinned(self._cupy, size)
 
+    def mapped(self, size: int) -> tuple[np.ndarray, Any]:
+        """See `Memory.mapped`. CapacityError if the host has not got so much."""
+        host = self.pinned(size)
+        # Host and GPUs have one space of addresses, in which pinned memory is everybody's.
+        memory = self._cupy.cuda.UnownedMemory(host.ctypes.data, size, host, self.device)
+        return host, self._cupy.ndarray((size,), np.uint8, self._cupy.cuda.MemoryPointer(memory, 0))
+
+    def mark(self) -> Any:
+        """See `Memory.mark`: a CuPy event."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return event
+
     def upload(self, target: Any, host: np.ndarray) -> None:
         """See `Memory.upload`; `target` is C-contiguous. `host` may change as soon as this returns; pinned memory only
         once the copy has been made.
         """
         _copy_up(self._cupy.cuda.runtime, target, np.ascontiguousarray(host), self._stream)
-
-    def download(self, host: np.ndarray, x: Any) -> Any:
-        """See `Memory.download`."""
-        runtime, stream = self._cupy.cuda.runtime, self._stream
-        if host.nbytes:
-            runtime.memcpyAsync(host.ctypes.data, x.data.ptr, host.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-        arrived = self._cupy.cuda.Event(disable_timing=True)
-        arrived.record(stream)
-        return arrived
 
     def numpy(self, x: Any) -> np.ndarray:
         """See `Memory.numpy`."""

@@ -41,11 +41,15 @@ class Memory(Protocol):
     def pinned(self, size: int) -> np.ndarray:
         """Host memory that the device reads and writes by itself, uint8 [size]."""
 
+    def mapped(self, size: int) -> tuple[np.ndarray, Any]:
+        """`pinned` memory that kernels work on as well: uint8 [size] on the host, and the same as a device array. What
+        a kernel writes there, the host may read once a `mark` behind the kernel has been reached."""
+
+    def mark(self) -> Mark:
+        """Marks where the current stream has got to when all that was started on it has ended."""
+
     def upload(self, target: Any, host: np.ndarray) -> None:
         """Copies `host`, of the same shape and dtype, to `target`, in the order of the current stream."""
-
-    def download(self, host: np.ndarray, x: Any) -> Download:
-        """Starts copying the C-contiguous `x` to `host`, which is pinned memory, in the order of the current stream."""
 
     def numpy(self, x: Any) -> np.ndarray:
         """`x` on the host, once all that was started before has ended."""
@@ -60,11 +64,11 @@ class Memory(Protocol):
         """An uploader for the calling thread, with two buffers of `nbytes`."""
 
 
-class Download(Protocol):
-    """A copy to the host under way."""
+class Mark(Protocol):
+    """A point in a stream's work; `Communicator.wait` takes it too."""
 
     def synchronize(self) -> None:
-        """Waits until it has arrived."""
+        """Waits until it is reached."""
 
 
 class Uploader(Protocol):

@@ -1,7 +1,9 @@
 """Decoding by CUDA graphs: the model and the draw of the next tokens, captured once a batch size, replayed each step.
 
-The inputs of a step (last tokens, positions, slots, lengths, sampling parameters) lie side by side in one static
-buffer, which one copy fills; the block tables lie in another, of which only rows that changed are copied.
+The rows of a batch (last tokens, lengths, sampling parameters) lie on the device, side by side in one static buffer. A
+step leaves there what the next one of the same requests begins with, and its tokens in memory of the host: between two
+steps there is neither a copy nor anything to wait for. Other requests come by one copy. The block tables lie in another
+buffer, of which only rows that changed are copied.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from cutp.engine.device_sampler import DeviceSampler
 from cutp.engine.pending_tokens import PendingTokens
 from cutp.engine.request import Request
 from cutp.nn.device_batch import DeviceBatch
+from cutp.ops.decode_rows_cuda import advance_rows, publish_tokens
 from cutp.ops.sampling_cuda import SamplingArrays, SamplingBuffers, buffer_shapes, greedy, passes_needed, sample
 
 _GREEDY = -1
-_FIELDS = {"tokens": np.int64, "positions": np.int64, "slots": np.int64, "seed": np.uint64, "sample_index": np.int64,
-           "position": np.int64, "kv_lengths": np.int32, "top_k": np.int32, "temperature": np.float32,
-           "top_p": np.float32, "min_score": np.float32}
+# Of a row. position: that of the token to be drawn, which is also the number of tokens before it.
+_FIELDS = {"tokens": np.int64, "seed": np.uint64, "sample_index": np.int64, "position": np.int64, "top_k": np.int32,
+           "temperature": np.float32, "top_p": np.float32, "min_score": np.float32}
+_TURN_BYTES = 4  # which of the two places for tokens comes next, behind the fields
 _SAMPLING = ("temperature", "top_k", "top_p", "min_score", "seed", "sample_index", "position")
 
 
@@ -47,18 +51,21 @@ class DecodeGraphs:
         self._use_graphs = use_graphs
         self._rows = batch_size(max_running)
         memory = runner.memory
-        size = sum(np.dtype(kind).itemsize for kind in _FIELDS.values()) * self._rows
+        size = sum(np.dtype(kind).itemsize for kind in _FIELDS.values()) * self._rows + _TURN_BYTES
         # Two of each on the host: one may still be on its way while the next is filled.
         self._hosts = [memory.pinned(size) for _ in range(2)]
         self._host_fields = [self._views(host) for host in self._hosts]
-        self._host_tokens = [memory.pinned(8 * self._rows).view(np.int64) for _ in range(2)]
-        self._turn = 0
+        published, self._published = memory.mapped(2 * 8 * self._rows)
+        self._host_tokens = published.view(np.int64).reshape(2, self._rows)
+        self._published = self._published.view(np.int64).reshape(2, self._rows)
+        self._turn, self._kind = 0, _GREEDY
         self._inputs = memory.empty(size, np.uint8)
         self._fields = self._views(self._inputs)
+        self._positions, self._slots = (memory.empty(self._rows, np.int64) for _ in range(2))
+        self._kv_lengths = memory.empty(self._rows, np.int32)
         self._host_table = np.zeros((self._rows, max_pages), np.int32)
         self._table = memory.empty(self._host_table.shape, np.int32)
         self._table[...] = 0
-        self._tokens = memory.empty(self._rows, np.int64)
         self._buffers: dict[int, SamplingBuffers] = {}
         self._graphs: dict[tuple[int, int], Graph] = {}
 
@@ -69,20 +76,19 @@ class DecodeGraphs:
         before: the step before, of the same requests, whose tokens are the pending ones and may not have arrived.
         """
         self._turn = 1 - self._turn
-        kind = self._fill(requests, tables, before is not None)
         count, size = len(requests), batch_size(len(requests))
-        if before is not None:
-            self._fields["tokens"][:count] = self._tokens[:count]
-        graph = self._graphs.get((size, kind))
+        if before is None:
+            self._kind = self._fill(requests)
+        self._upload_table(tables.lookup_table(requests))
+        graph = self._graphs.get((size, self._kind))
         if graph is not None:
             graph.launch()
         else:
             with self._runner.scratch.frame():
-                self._launch(size, kind)  # loads the kernels, and computes this step
+                self._launch(size, self._kind)  # loads the kernels, and computes this step
             if self._use_graphs:
-                self._graphs[size, kind] = self._captured(size, kind)
-        host = self._host_tokens[self._turn][:count]
-        return PendingTokens(list(requests), host, self._runner.memory.download(host, self._tokens[:count]),
+                self._graphs[size, self._kind] = self._captured(size, self._kind)
+        return PendingTokens(list(requests), self._host_tokens[self._turn, :count], self._runner.memory.mark(),
                              self._runner.comm)
 
     def close(self) -> None:
@@ -96,30 +102,22 @@ class DecodeGraphs:
             self._launch(size, kind)
         return graph
 
-    def _fill(self, requests: Sequence[Request], tables: BlockTables, tokens_follow: bool) -> int:
-        """Uploads the inputs of a step; returns the kind of draw it needs. tokens_follow: the tokens are not known."""
+    def _fill(self, requests: Sequence[Request]) -> int:
+        """Uploads the rows of a step; returns the kind of draw they need."""
         count, size = len(requests), batch_size(len(requests))
-        fields, page_size = self._host_fields[self._turn], self._runner.cache.params.page_size
+        fields = self._host_fields[self._turn]
         rows = self._sampler.rows(requests)
-        lengths = rows.position  # what is known, the pending token included
-        table = tables.lookup_table(requests)
-        last = lengths - 1
-        if not tokens_follow:
-            fields["tokens"][:count] = [request.tokens(request.length - 1, request.length)[0] for request in requests]
-        fields["positions"][:count] = last
-        fields["slots"][:count] = table[np.arange(count), last // page_size].astype(np.int64) * page_size \
-            + last % page_size
-        fields["kv_lengths"][:count] = lengths
+        fields["tokens"][:count] = [request.tokens(request.length - 1, request.length)[0] for request in requests]
         with np.errstate(divide="ignore"):
             fields["min_score"][:count] = np.log(rows.min_p.astype(np.float64))
         for name in _SAMPLING:
             if name != "min_score":
                 fields[name][:count] = getattr(rows, name)
+        fields["position"][:count] -= 1  # the step begins by counting the pending token
         # Padding: rows that are not in use for any kernel.
-        for name, value in (("tokens", 0), ("positions", 0), ("slots", -1), ("kv_lengths", 0), ("temperature", -1.0)):
-            fields[name][count:size] = value
+        fields["tokens"][count:size], fields["temperature"][count:size] = 0, -1.0
+        fields["turn"][0] = self._turn
         self._runner.memory.upload(self._inputs, self._hosts[self._turn])
-        self._upload_table(table)
         drawn = (rows.temperature > 0).any()
         return passes_needed(rows) if drawn else _GREEDY
 
@@ -131,22 +129,25 @@ class DecodeGraphs:
             self._runner.memory.upload(self._table[row, :width], self._host_table[row, :width])
 
     def _launch(self, size: int, kind: int) -> None:
-        """One step of the first `size` rows on the current stream: model and draw."""
-        runner, fields = self._runner, {name: values[:size] for name, values in self._fields.items()}
+        """One step of the first `size` rows on the current stream: model and draw, and what the next step needs."""
+        runner, fields = self._runner, {name: self._fields[name][:size] for name in _FIELDS}
         batch = DeviceBatch(
-            tokens=fields["tokens"], positions=fields["positions"], slots=fields["slots"],
+            tokens=fields["tokens"], positions=self._positions[:size], slots=self._slots[:size],
             lookup_table=self._table[:size], page_size=runner.cache.params.page_size, shape=runner.shape,
-            workspace=runner.workspace, decode_count=size, kv_lengths=fields["kv_lengths"],
+            workspace=runner.workspace, decode_count=size, kv_lengths=self._kv_lengths[:size],
         )
+        advance_rows(fields["position"], fields["temperature"], batch.lookup_table, batch.page_size,
+                     positions=batch.positions, slots=batch.slots, kv_lengths=batch.kv_lengths, pdl=True)
         batch.prepare(runner.frequencies, runner.dtype)
         logits = runner.model.all_local_logits(runner.model.hidden_states(batch, [runner.cache]))[0]
         arrays = SamplingArrays(**{name: fields[name] for name in _SAMPLING})
         buffers = self._sampling_buffers(size, logits.shape[1])
         arguments = logits, runner.vocab_start, arrays, buffers, runner.scores.gather
         if kind == _GREEDY:
-            greedy(*arguments, tokens=self._tokens[:size], pdl=True)
+            greedy(*arguments, tokens=fields["tokens"], pdl=True)
         else:
-            sample(*arguments, tokens=self._tokens[:size], passes=kind, pdl=True)
+            sample(*arguments, tokens=fields["tokens"], passes=kind, pdl=True)
+        publish_tokens(fields["tokens"], self._fields["turn"], self._published, pdl=True)
 
     def _sampling_buffers(self, size: int, columns: int) -> SamplingBuffers:
         if size not in self._buffers:
@@ -163,5 +164,6 @@ class DecodeGraphs:
             stop = start + np.dtype(kind).itemsize * self._rows
             views[name] = buffer[start:stop].view(kind)
             start = stop
+        views["turn"] = buffer[start:].view(np.int32)
         return views
 

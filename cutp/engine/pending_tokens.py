@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cutp.array.scratch import Download
+from cutp.array.scratch import Mark
 from cutp.comm.communicator import Communicator
 from cutp.engine.request import Request
 from cutp.errors import CutpError
@@ -14,11 +14,11 @@ from cutp.errors import CutpError
 
 @dataclass
 class PendingTokens:
-    """A step that was started: the next token of each of `requests`, on its way to the host."""
+    """A step that was started: `host` has the next token of each of `requests` once `arrived` is reached."""
 
     requests: list[Request]
     host: np.ndarray
-    arrived: Download
+    arrived: Mark
     comm: Communicator
 
     def tokens(self) -> np.ndarray:
