@@ -34,7 +34,7 @@ def kernel_for(x: Any, weight: Any) -> Kernel:
     """For x [M, K] and weight [N, K]. The streaming kernel wherever it can: its weights arrive while the kernel before
     is still at work, so a whole step is faster (NOTES.md)."""
     rows = x.shape[0]
-    if rows <= stream_gemm_cuda.MAX_M and runs_on(_HOPPER) and _can_stream(x, weight):
+    if rows <= stream_gemm_cuda.max_rows(weight.shape[0]) and runs_on(_HOPPER) and _can_stream(x, weight):
         return Kernel.STREAM
     if rows <= _SKINNY_ROWS and weight.nbytes <= _SKINNY_BYTES:
         return Kernel.SKINNY

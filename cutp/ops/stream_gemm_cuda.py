@@ -25,6 +25,9 @@ PANEL_LENGTH = ROW_ELEMENTS
 MAX_M = 96
 """The most rows of x. With more, every block's reading of all of x takes longer than its weights (NOTES.md)."""
 
+WIDE_MAX_M = 128
+"""The same where blocks have so many rows of the weight that a result has one sum."""
+
 # In the order of the enum in activation.cuh; others would make the kernel large.
 GATED_ACTIVATIONS = {"silu": 0, "gelu_tanh": 2}
 """The activations that `stream_gemm_gated` knows, with their numbers."""
@@ -79,7 +82,8 @@ class Plan:
 
 def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = False,
                 chosen: Plan | None = None) -> None:
-    """out = x weight^T + bias for at most MAX_M rows of x; sums in float32, rounded once. On compute capability 9.0.
+    """out = x weight^T + bias for at most `max_rows` rows of x; sums in float32, rounded once. On compute capability
+    9.0.
 
     x: [M, K], M may be 0; weight: [N, K], contiguous; bias: [N], contiguous, or None; all bfloat16 or float16. out:
     [M, N] of that dtype or float32. K is a multiple of 64. The rows of x and out may be apart, x's by a multiple of 16
@@ -88,7 +92,8 @@ def stream_gemm(x: Any, weight: Any, bias: Any = None, *, out: Any, pdl: bool = 
     A row of the result depends on that row of x only, to the bit: not on M, nor on the other rows. chosen: another
     plan than `plan`'s.
     """
-    m, n, k, out_stride = _check("stream_gemm", layout(x), layout(weight), optional_layout(bias), layout(out), 1)
+    most = max_rows(weight.shape[0]) if chosen is None else _max_rows_of(chosen.splits)
+    m, n, k, out_stride = _check("stream_gemm", layout(x), layout(weight), optional_layout(bias), layout(out), most)
     if m and n:
         _launch(x, weight, bias, out, out_stride, chosen or plan(n, k, m), pdl, np.int32(0), np.float32(inf))
 
@@ -104,15 +109,21 @@ def stream_gemm_gated(x: Any, weight: Any, name: str, bias: Any = None, *, limit
     known = activation_name(name)
     if known not in GATED_ACTIVATIONS:
         raise ConfigError(f"stream_gemm_gated: activation {known} is not one of {', '.join(GATED_ACTIVATIONS)}")
-    m, n, k, out_stride = _check("stream_gemm_gated", layout(x), layout(weight), optional_layout(bias), layout(out), 2)
+    m, n, k, out_stride = _check("stream_gemm_gated", layout(x), layout(weight), optional_layout(bias), layout(out),
+                                 GATED_MAX_M, 2)
     if m and n:
         _launch(x, weight, bias, out, out_stride, chosen or plan(n, k, m, gated=True), pdl,
                 np.int32(GATED_ACTIVATIONS[known]), np.float32(inf if limit is None else limit), gated=True)
 
 
+def max_rows(weight_rows: int) -> int:
+    """The most rows of x for a weight of so many rows: MAX_M or WIDE_MAX_M."""
+    return _max_rows_of(splits_of(weight_rows))
+
+
 @lru_cache(maxsize=4096)
 def plan(n: int, k: int, m: int, *, gated: bool = False) -> Plan:
-    """The launch for an y of [m, n] with 1 <= m <= MAX_M; the weight is [n, k], or [2n, k] if `gated`.
+    """The launch for an y of [m, n] with 1 <= m <= `max_rows`; the weight is [n, k], or [2n, k] if `gated`.
 
     A block takes pieces of as many rows as make the longest of three times least: that of all weights from memory, that
     of weights and x from L2, where every block reads all of x for each of its pieces, and that of what one
@@ -157,6 +168,10 @@ def splits_of(weight_rows: int) -> int:
     return 4 if rows <= _GROUP_ROWS else 2 if rows <= 2 * _GROUP_ROWS else 1
 
 
+def _max_rows_of(splits: int) -> int:
+    return WIDE_MAX_M if splits == 1 else MAX_M
+
+
 def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
     """Rows of each part in a piece: a multiple of 8 of which the ring holds three stages."""
     columns, most = _columns(m), groups // parts * _GROUP_ROWS
@@ -167,7 +182,7 @@ def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
 
 def _columns(m: int) -> int:
     """COLUMNS of the kernel."""
-    return next(c for c in (8, 16, 32, 64, 96) if m <= c)
+    return next(c for c in (8, 16, 32, 64, 96, 128) if m <= c)
 
 
 def _time(n: int, m: int, rows: int, parts: int) -> float:
@@ -222,11 +237,10 @@ def _in_panels(array: Any) -> Any:
 
 @remembered
 def _check(op: str, x: Layout, weight: Layout, bias: Layout | None, out: Layout,
-           parts: int) -> tuple[int, int, int, int]:
+           most: int, parts: int = 1) -> tuple[int, int, int, int]:
     """M, N of `out`, K, and the elements from one row of `out` to the next; ConfigError, naming the argument, if an
     array does not fit."""
-    m, n, k = check_product(op, x, weight, bias, out, dtypes=DTYPES, max_rows=MAX_M if parts == 1 else GATED_MAX_M,
-                            parts=parts)
+    m, n, k = check_product(op, x, weight, bias, out, dtypes=DTYPES, max_rows=most, parts=parts)
     if k % PANEL_LENGTH or not 0 < k <= _MAX_SIZE or weight.shape[0] > _MAX_SIZE:
         raise ConfigError(f"{op}: weight has shape {weight.shape}; its rows need a multiple of {PANEL_LENGTH} "
                           f"elements, not 0, and neither axis more than {_MAX_SIZE}")

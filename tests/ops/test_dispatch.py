@@ -128,6 +128,9 @@ def test_the_streaming_kernel_is_for_hopper(up, monkeypatch):
     assert run(x(3), name="gelu") == [("plain", 3, WIDTH)] * 2
     assert run(x(16)) == [("plain", 16, WIDTH), ("gated", 16, WIDTH)]
     assert run(x(17)) == [("plain", 17, WIDTH)] * 2 and run(x(96)) == [("plain", 96, WIDTH)] * 2
+    with monkeypatch.context() as many:
+        many.setattr(stream_gemm_cuda, "splits_of", lambda rows: 1)  # as if the weight had many rows
+        assert run(x(128)) == [("plain", 128, WIDTH)] * 2 and run(x(129)) == []
     for other in (x(97), x(3, dtype=float32), x(3, width=WIDTH + 8)):
         assert run(other) == [], (other.shape, other.dtype)
     with dispatch.row_invariant(True):

@@ -15,6 +15,8 @@ from cutp.ops.stream_gemm_cuda import (
     LEAST_BYTES,
     MAX_M,
     RING_BYTES,
+    WIDE_MAX_M,
+    max_rows,
     plan,
     plan_of_rows,
     splits_of,
@@ -32,12 +34,15 @@ DTYPES = [bfloat16, float16]
 CASES = [(16, 64, 1, 16), (37, 1024, 5, 16), (40, 320, 8, 40), (1, 64, 1, 8), (70, 192, 9, 64), (130, 128, 16, 72),
          (129, 64, 17, 128), (25, 512, 33, 24), (90, 256, 64, 96), (201, 64, 3, 200), (250, 64, 20, 136),
          (257, 128, 64, 192), (24, 320, 65, 24), (90, 192, 96, 96), (260, 64, 80, 200)]
+# More rows of x than there may be but with one sum a result.
+WIDE_CASES = [(140, 128, 97, 136), (260, 192, 128, 200)]
 # F, K, M, rows of a piece, splits.
 GATED_CASES = [(16, 64, 1, 16, 4), (21, 1024, 7, 24, 4), (70, 128, 12, 64, 2), (70, 192, 16, 72, 1),
                (130, 192, 3, 128, 1)]
 # What models have, too large for the emulation: N, K, M.
 LARGE = [*linear_checks.LARGE, (28672, 4096, 1), (28672, 4096, 64), (3072, 4096, 2), (33000, 2048, 32),
-         (4095, 3584, 64), (28672, 4096, 96), (4096, 14336, 81), (6144, 1024, 65)]
+         (4095, 3584, 64), (28672, 4096, 96), (28672, 4096, 128), (24576, 1024, 97), (4096, 14336, 81),
+         (6144, 1024, 65)]
 
 
 def run(device, x, weight, bias=None, out_dtype=None, **options):
@@ -63,14 +68,15 @@ def few_blocks(chosen, blocks):
     return chosen.__class__(**{**vars(chosen), "grid": min(blocks, chosen.grid)})
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES], ids=case_id)
 def test_exact_sums(device, case):
     n, k, m, rows = case
     x, weight, bias = inputs(integers, bfloat16, n, k, m)
     unrounded = x.astype(np.float32) @ weight.astype(np.float32).T
     # Rounded or not, the reference is exact as well.
-    np.testing.assert_array_equal(run(device, x, weight, bias), linear(x, weight, bias))
     chosen = plan_for(n, k, m, rows)
+    np.testing.assert_array_equal(run(device, x, weight, bias, chosen=chosen if m > MAX_M else None),
+                                  linear(x, weight, bias))
     np.testing.assert_array_equal(run(device, x, weight, out_dtype=float32, chosen=chosen), unrounded)
     # Two stages of one panel, and two blocks: the ring goes round within and between pieces.
     chosen = few_blocks(plan_for(n, k, m, rows, stage_bytes=0, ring_bytes=1), 2)
@@ -131,7 +137,7 @@ def test_a_row_depends_on_nothing_but_itself(device):
     small, large = [(bfloat16, 21, 320), (float16, 70, 512)], [(bfloat16, 4100, 1152), (bfloat16, 3208, 4096),
                                                                (float16, 28672, 4096)]
     for dtype, n, k in small if device.emulated else [*small, *large]:
-        linear_checks.check_a_row_depends_on_nothing_but_itself(partial(run, device), dtype, n, k, MAX_M)
+        linear_checks.check_a_row_depends_on_nothing_but_itself(partial(run, device), dtype, n, k, max_rows(n))
 
 
 def test_every_plan_gives_the_same_bits(device):
@@ -244,9 +250,12 @@ SIZES = [1, 8, 40, 768, 1024, 1056, 1280, 2048, 3072, 3200, 4096, 4224, 6144, 12
 LENGTHS = [64, 512, 576, 896, 1792, 2048, 4096, 14336, 28672]
 
 
+MS = (1, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128)
+
+
 def plans():
-    for gated, n, k, m in product((False, True), SIZES, LENGTHS, (1, 8, 9, 16, 17, 32, 33, 64, 65, 96)):
-        if not gated or m <= GATED_MAX_M:
+    for gated, n, k, m in product((False, True), SIZES, LENGTHS, MS):
+        if m <= (GATED_MAX_M if gated else max_rows(n)):
             yield gated, n, k, m, plan(n, k, m, gated=gated)
 
 
@@ -283,9 +292,14 @@ def test_plans_fit():
 def test_the_sums_do_not_depend_on_m_nor_on_the_activation():
     for n in (*SIZES, *range(8, 60000, 1000)):
         splits = splits_of(2 * n)
-        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 96):
+        for m in MS:
             assert plan(2 * n, 4096, m).splits == splits
             assert m > GATED_MAX_M or plan(n, 4096, m, gated=True).splits == splits
+
+
+def test_which_weights_may_have_more_rows_of_x():
+    assert {n: max_rows(n) for n in (4096, 6144, 16384, 18944, 28672, 128256)} == \
+        {4096: MAX_M, 6144: MAX_M, 16384: MAX_M, 18944: WIDE_MAX_M, 28672: WIDE_MAX_M, 128256: WIDE_MAX_M}
 
 
 def test_small_batches_use_most_multiprocessors():
