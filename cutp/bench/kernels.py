@@ -47,7 +47,7 @@ from cutp.ops.moe import expert_rows as sort_on_cpu
 from cutp.ops.moe_cuda import combine_experts, expert_rows
 from cutp.ops.moe_routing_cuda import route_softmax
 from cutp.ops.prefill_attention_cuda import prefill_attention, prefill_work_list
-from cutp.ops.residual_cuda import residual_add
+from cutp.ops.residual_cuda import finish_logits, residual_add
 from cutp.ops.rms_norm_cuda import add_rms_norm, rms_norm
 from cutp.ops.rotary_cuda import rotary_kv_write
 from cutp.ops.sampling import SamplingRows
@@ -288,10 +288,12 @@ def latent_cases() -> Iterator[Case]:
 
 def sampling_cases() -> Iterator[Case]:
     """Greedy and top-p sampling over the whole vocabulary on one rank; the bytes are the logits read once."""
-    cupy = cuda.cupy()
+    cupy, float32 = cuda.cupy(), np.dtype(np.float32)
     for batch in BATCHES:
-        for name, temperature, top_p in (("greedy", 0.0, 1.0), ("temperature", 1.0, 1.0), ("top_p 0.9", 1.0, 0.9)):
-            def make(batch=batch, temperature=temperature, top_p=top_p):
+        for name, temperature, top_p, dtype in (("greedy", 0.0, 1.0, float32), ("greedy", 0.0, 1.0, bfloat16),
+                                                ("temperature", 1.0, 1.0, float32), ("top_p 0.9", 1.0, 0.9, float32),
+                                                ("top_p 0.9", 1.0, 0.9, bfloat16)):
+            def make(batch=batch, temperature=temperature, top_p=top_p, dtype=dtype):
                 ones, ids = np.ones(batch), np.arange(batch)
                 rows = SamplingRows(temperature * ones, 0 * ids, top_p * ones, 0 * ones, ids.astype(np.uint64), 0 * ids,
                                     ids)
@@ -300,12 +302,25 @@ def sampling_cases() -> Iterator[Case]:
                 histograms = tuple(cupy.zeros(*one) for one in shapes.pop("histograms"))
                 buffers = SamplingBuffers(**{key: cupy.zeros(*one) for key, one in shapes.items()},
                                           histograms=histograms)
-                logits, tokens = 3 * normal((batch, VOCAB), np.float32), cupy.zeros(batch, np.int64)
+                host = 3 * np.random.default_rng(0).standard_normal((batch, VOCAB), np.float32)
+                logits, tokens = cupy.asarray(host.astype(dtype)), cupy.zeros(batch, np.int64)
                 if temperature == 0.0:
                     return lambda: greedy(logits, 0, arrays, buffers, lambda x: x[None], tokens=tokens)
                 return lambda: sample(logits, 0, arrays, buffers, lambda x: x[None], tokens=tokens, passes=passes)
 
-            yield Case("sampling", f"B={batch} {name}", 4.0 * batch * VOCAB, make)
+            yield Case("sampling", f"B={batch} {name} {dtype.name}", float(dtype.itemsize) * batch * VOCAB, make)
+
+
+def logits_cases() -> Iterator[Case]:
+    """The last step of the logits, where they are scaled, capped or wanted in float32: they are read and written."""
+    cupy = cuda.cupy()
+    for batch in BATCHES:
+        for name, settings in (("to float32", (1.0, None)), ("scaled", (8.0, None)), ("capped", (1.0, 30.0))):
+            def make(batch=batch, settings=settings):
+                logits, out = normal((batch, VOCAB)), cupy.empty((batch, VOCAB), np.float32)
+                return lambda: finish_logits(logits, *settings, out=out)
+
+            yield Case("finish_logits", f"B={batch} {name}", 6.0 * batch * VOCAB, make)
 
 
 def measure(case: Case, limits: Limits) -> Result:
@@ -328,7 +343,7 @@ def main() -> None:
     print(json.dumps(head) if args.json else f"this GPU: reads {limits.read_gbps:.0f} GB/s, "
           f"cuBLASLt 8192^3 {limits.matmul_tflops:.0f} TFLOP/s", flush=True)
     for case in (*row_cases(), *gemm_cases(limits), *decode_cases(), *prefill_cases(), *mixture_cases(),
-                 *latent_cases(), *sampling_cases()):
+                 *latent_cases(), *sampling_cases(), *logits_cases()):
         if args.only not in case.kernel:
             continue
         r = measure(case, limits)

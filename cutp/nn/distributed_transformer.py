@@ -30,7 +30,7 @@ from cutp.nn.return_logits import ReturnLogits, logit_rows
 from cutp.nn.rotary_embedding import RotaryEmbedding
 from cutp.nn.sharding import Shardable, ShardingStrategy
 from cutp.nn.subgraphs import plan_layer_runs
-from cutp.ops.dispatch import copied, finish_logits, outside_frames, residual_add, scale, take_rows
+from cutp.ops.dispatch import copied, finish_logits, logits_to_draw_from, outside_frames, residual_add, scale, take_rows
 
 T = TypeVar("T")
 
@@ -315,8 +315,9 @@ class DistributedTransformer(Module):
         return self._head(self.normed([take_rows(h, rows) for h in hs]))
 
     def all_local_logits(self, hs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """`local_logits` of all rows."""
-        return self._head(self.normed(hs))
+        """`local_logits` of all rows, to draw tokens from: [T, V_local], float32, on a device also of the head's dtype
+        where no scaling and no cap has given them the values of another."""
+        return self._head(self.normed(hs), logits_to_draw_from)
 
     def normed(self, hs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The final norm of one residual stream a local device."""
@@ -331,5 +332,6 @@ class DistributedTransformer(Module):
             return (selected,)
         return (h[batch.input_row_offsets[1:] - 1],) if mode is ReturnHiddenStates.LAST else (h,)
 
-    def _head(self, normed: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [finish_logits(part, self.logits_scaling, self.logit_softcapping) for part in self.lm_head.local(normed)]
+    def _head(self, normed: Sequence[np.ndarray],
+              finish: Callable[[Any, float, float | None], Any] = finish_logits) -> list[np.ndarray]:
+        return [finish(part, self.logits_scaling, self.logit_softcapping) for part in self.lm_head.local(normed)]

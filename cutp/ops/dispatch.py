@@ -220,6 +220,14 @@ def finish_logits(logits: Any, scaling: float, softcapping: float | None) -> Any
     return host_residual.finish_logits(logits, scaling, softcapping)
 
 
+def logits_to_draw_from(logits: Any, scaling: float, softcapping: float | None) -> Any:
+    """`finish_logits`, [.., V] float32, for what only draws tokens. On a device, logits that are neither scaled nor
+    capped are returned as they are, in their own dtype: `sampling_cuda` draws the same tokens from them."""
+    if on_device(logits) and scaling == 1.0 and softcapping is None:
+        return logits
+    return finish_logits(logits, scaling, softcapping)
+
+
 def gated_activation(gate_up: Any, name: str, *, limit: float | None = None) -> Any:
     """See `cutp.ops.activation.gated_activation`: [T, 2F] -> [T, F]."""
     if not on_device(gate_up):

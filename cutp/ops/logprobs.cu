@@ -140,8 +140,12 @@ logprob_records(const float* logits, const int* wanted, const i64* targets, u64*
     Slice slice;
     slice.column = static_cast<int>(blockIdx.x) * slice_columns + static_cast<int>(threadIdx.x) * width;
 #pragma unroll
-    for (int i = 0; i < slice_groups; i++)
-        load_group(x, slice_column(slice, i), columns, negative_infinity(), slice.values[i]);
+    for (int i = 0; i < slice_groups; i++) {
+        Group<float> group;
+        load_group(x, slice_column(slice, i), columns, negative_infinity(), group);
+#pragma unroll
+        for (int j = 0; j < width; j++) slice.values[i][j] = group.values[j];
+    }
     u64 mine = no_pair;
     for_each_pair(slice, columns, vocab_start, [&](u64 pair) { mine = max(mine, pair); });
     const u64 first_warps = block_max_pair(mine, scratch);

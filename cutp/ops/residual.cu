@@ -1,7 +1,7 @@
-// Scaling and adding on the residual stream, and the last step of the logits. Specification: residual.py, and
-// `_finish_logits` of distributed_transformer.py.
+// Scaling and adding on the residual stream, and the last step of the logits. Specification: residual.py.
 //
-// Arrays of any shape, mostly seen as one row of elements; a thread takes those of one 16-byte vector.
+// Arrays of any shape, mostly seen as one row of elements; a thread takes those of one 16-byte vector, but in
+// finish_logits.
 //
 // archs: sm_80 sm_90a sm_100
 // variants: DTYPE=BF16,F16,F32
@@ -78,25 +78,53 @@ residual_add(const scalar_t* x, const scalar_t* y, scalar_t* out, i64 count, flo
     store_activations(out + first_element(), here, sum);
 }
 
+// What finish_logits reads and writes at once: as many elements as there are floats in one store, so that neighbouring
+// threads write neighbouring bytes.
+constexpr int quad = vector_size<float>;
+constexpr int quads_in_flight = 2;  // that a thread loads before it works on them
+
+template <class T> union Quad {
+    uint4 vector;  // of floats
+    u64 word;      // of elements of 16 bits
+    T elements[quad];
+};
+
+template <class T> __device__ __forceinline__ Quad<T> load_quad(const T* p) {
+    Quad<T> q;
+    if constexpr (same_type<T, float>) q.vector = load_activation(p);
+    else q.word = load_activation_element(reinterpret_cast<const u64*>(p));
+    return q;
+}
+
+// Exact divisions and the accurate tanh: the order of close logits decides which token is sampled.
+__device__ __forceinline__ float finished(float logit, float scaling, float softcap) {
+    if (scaling != 1.0f) logit = logit / scaling;
+    return softcap != 0.0f ? softcap * tanhf(logit / softcap) : logit;
+}
+
 // out[count] = logits / scaling as float, and then, if softcap is not 0, softcap * tanh(that / softcap). out may be
-// logits of float. Exact divisions and the accurate tanh: the order of close logits decides which token is sampled.
+// logits of float. A block takes quads_in_flight quads for each of its threads.
 extern "C" __global__ void __launch_bounds__(256)
 finish_logits(const scalar_t* logits, float* out, i64 count, float scaling, float softcap) {
-    const int here = elements_here(count);
+    const i64 first = (static_cast<i64>(blockIdx.x) * quads_in_flight * blockDim.x + threadIdx.x) * quad;
+    const i64 step = static_cast<i64>(blockDim.x) * quad;
     pdl_launch_dependents();
     pdl_wait();
-    if (here == 0) return;
-    float values[width];
-    load_activations(logits + first_element(), here, values);
+    Quad<scalar_t> quads[quads_in_flight];
 #pragma unroll
-    for (int i = 0; i < width; i++) {
-        values[i] = values[i] / scaling;
-        if (softcap != 0.0f) values[i] = softcap * tanhf(values[i] / softcap);
-    }
-    // The counts are not clamped to 0 .. 4: sm_90 code of ptxas 13.0 for min(max()) == 4 was seen to go the wrong way.
+    for (int i = 0; i < quads_in_flight; i++)
+        if (first + i * step + quad <= count) quads[i] = load_quad(logits + first + i * step);
 #pragma unroll
-    for (int i = 0; i < width; i += 4) {
-        const float part[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
-        store_activations(out + first_element() + i, here - i, part);
+    for (int i = 0; i < quads_in_flight; i++) {
+        if (first + i * step + quad > count) break;
+        float values[quad];
+#pragma unroll
+        for (int j = 0; j < quad; j++) values[j] = finished(to_float(quads[i].elements[j]), scaling, softcap);
+        store_vector(out + first + i * step, pack<float>(values));
     }
+    // Less than a quad is left at the end of the array.
+    const int left = static_cast<int>(count % quad);
+    if (blockIdx.x != 0 || threadIdx.x >= left) return;
+    const i64 last = count - left + threadIdx.x;
+    out[last] = finished(to_float(load_activation_element(logits + last)), scaling, softcap);
 }

@@ -1,7 +1,6 @@
 """Launchers of residual.cu.
 
-The specifications are `scale`, `clip`, `scale_rows` and `residual_add` of `cutp.ops.residual`, and for `finish_logits`
-what `DistributedTransformer` does with the output of its head.
+The specifications are the functions of `cutp.ops.residual` of the same names.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from cutp.ops.launch_arguments import (
 )
 
 _THREADS, _MAX_GRID_Y = 256, 65535
+_LOGITS = 8  # that a thread of finish_logits works on
 
 
 def scale(x: Any, factor: float, *, out: Any, pdl: bool = False) -> None:
@@ -81,7 +81,8 @@ def _plan(op: str, arrays: tuple[Layout, ...]) -> LaunchPlan:
     for y in arrays[1:-1]:
         check_array(op, "y", y, x.shape, x.dtype)
     check_array(op, "out", out, x.shape, np.dtype(np.float32) if op == "finish_logits" else x.dtype)
-    return LaunchPlan(-(-x.size // (_THREADS * vector_width(x.dtype))), _THREADS,
+    each = _LOGITS if op == "finish_logits" else vector_width(x.dtype)
+    return LaunchPlan(-(-x.size // (_THREADS * each)), _THREADS,
                       (f"DTYPE={DTYPE_DEFINES[x.dtype.name]}",), (np.int64(x.size),))
 
 

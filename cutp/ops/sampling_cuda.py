@@ -1,8 +1,10 @@
-"""Launchers of sampling.cu. The specification is `cutp.ops.sampling.sample`.
+"""Launchers of sampling_logits.cu and sampling_records.cu. The specification is `cutp.ops.sampling.sample`.
 
 `sample` launches a whole sequence; what it is made of can be launched alone. Nothing here waits for the device or
 allocates: everything lies in arrays of the caller (`buffer_shapes` says which), so that the sequence can be captured in
 a graph. Rows whose temperature is negative are not in use: nothing of them is read, their token is -1.
+
+Logits are float32, bfloat16 or float16. Those of 16 bits stand for their values in float32: the tokens are the same.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import numpy as np
 from cutp.array.kernel import launch
 from cutp.array.layout import Layout, layout, optional_layout, remembered
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import LaunchPlan, check_array, check_axes
+from cutp.ops.launch_arguments import DTYPE_DEFINES, LaunchPlan, check_array, check_axes
 from cutp.ops.sampling import SamplingRows
 from cutp.ops.vocab_rows_launch import THREADS, WARP, Gather, blocks_per_row, check_gathered, check_logits
 
+_DTYPES = tuple(DTYPE_DEFINES)  # of logits
 _DIGIT_THREADS = 512  # of the kernel
 SEARCH_WORDS = 5
 BINS = (2048, 2048, 1024)  # of the digits
@@ -96,7 +99,8 @@ def sample(logits: Any, vocab_start: int, rows: SamplingArrays, buffers: Samplin
            tokens: Any, passes: int = 5, pdl: bool = False) -> None:
     """tokens = one token per row, int64 [B], as from `cutp.ops.sampling.sample`, equal on all ranks.
 
-    logits: float32 [B, V_local], the columns from token id `vocab_start` on, after `apply_penalties` and so on.
+    logits: [B, V_local], float32, bfloat16 or float16, the columns from token id `vocab_start` on, after
+    `apply_penalties` and so on. ConfigError for arrays that do not fit.
     gather(x): [n_ranks, *x.shape], the ranks' x in rank order, for x among `pairs` and `histograms` (sums over ranks as
     [1, *x.shape] do as well for the latter). With one rank, x[None]. It may return the same memory for arrays of the
     same shape, except that what it returns for the first histogram stays until `sample` has ended, if passes is 5.
@@ -133,11 +137,14 @@ def greedy(logits: Any, vocab_start: int, rows: SamplingArrays, buffers: Samplin
 
 def row_argmax(logits: Any, vocab_start: int, temperature: Any, *, parts: Any, tickets: Any, pairs: Any,
                pdl: bool = False) -> None:
-    """pairs, uint64 [B] = (greatest logit, its lowest id) as from `sampling_keys.pack_pairs`, NAN_PAIR, or NO_PAIR."""
+    """pairs, uint64 [B] = (greatest logit, its lowest id) as from `sampling_keys.pack_pairs`, NAN_PAIR, or NO_PAIR.
+
+    logits: as for `sample`, as for the other steps.
+    """
     plan = _argmax_plan(layout(logits), vocab_start, layout(temperature), layout(parts), layout(tickets),
                         layout(pairs))
-    launch("sampling.cu", "row_argmax", plan.grid, plan.block,
-           [logits, temperature, parts, tickets, pairs, *plan.numbers], pdl=pdl)
+    launch("sampling_logits.cu", "row_argmax", plan.grid, plan.block,
+           [logits, temperature, parts, tickets, pairs, *plan.numbers], defines=plan.defines, pdl=pdl)
 
 
 def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: Any, status: Any, search: Any = None,
@@ -148,7 +155,7 @@ def combine_argmax(pairs: Any, rows: SamplingArrays, *, row_max: Any, tokens: An
     """
     plan = _combine_argmax_plan(layout(pairs), rows.layouts, layout(row_max), layout(tokens), layout(status),
                                 optional_layout(search), optional_layout(least), optional_layout(histogram))
-    launch("sampling.cu", "combine_argmax", plan.grid, plan.block,
+    launch("sampling_records.cu", "combine_argmax", plan.grid, plan.block,
            [pairs, *plan.numbers, rows.temperature, rows.top_k, rows.top_p, rows.min_score, row_max, tokens, status,
             search, least, histogram], pdl=pdl)
 
@@ -160,8 +167,8 @@ def count_digits(logits: Any, temperature: Any, row_max: Any, search: Any, level
     The step before has cleared these rows; others stay as they are.
     """
     plan = _count_plan(layout(logits), layout(temperature), layout(row_max), layout(search), level, layout(histogram))
-    launch("sampling.cu", "count_digits", plan.grid, plan.block,
-           [logits, temperature, row_max, search, histogram, *plan.numbers], pdl=pdl)
+    launch("sampling_logits.cu", "count_digits", plan.grid, plan.block,
+           [logits, temperature, row_max, search, histogram, *plan.numbers], defines=plan.defines, pdl=pdl)
 
 
 def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *, search: Any, least: Any,
@@ -174,7 +181,7 @@ def find_digits(histograms: Any, first: Any, level: int, rows: SamplingArrays, *
     plan = _find_plan(layout(histograms), layout(first), level, rows.layouts, layout(search), layout(least),
                       optional_layout(following))
     n_ranks, batch, level_number, following_bins = plan.numbers
-    launch("sampling.cu", "find_digits", plan.grid, plan.block,
+    launch("sampling_records.cu", "find_digits", plan.grid, plan.block,
            [histograms, first, n_ranks, batch, level_number, rows.top_k, rows.top_p, rows.min_score, search, least,
             following, following_bins], pdl=pdl)
 
@@ -184,15 +191,16 @@ def draw(logits: Any, vocab_start: int, rows: SamplingArrays, row_max: Any, leas
     """pairs, uint64 [B] = (greatest score + noise, its id) of this rank's survivors; NO_PAIR where there are none."""
     plan = _draw_plan(layout(logits), vocab_start, rows.layouts, layout(row_max), layout(least), layout(parts),
                       layout(tickets), layout(pairs))
-    launch("sampling.cu", "draw", plan.grid, plan.block,
+    launch("sampling_logits.cu", "draw", plan.grid, plan.block,
            [logits, rows.temperature, row_max, least, rows.seed, rows.sample_index, rows.position, parts, tickets,
-            pairs, *plan.numbers], pdl=pdl)
+            pairs, *plan.numbers], defines=plan.defines, pdl=pdl)
 
 
 def combine_draw(pairs: Any, temperature: Any, *, tokens: Any, pdl: bool = False) -> None:
     """tokens, int64 [B], of rows with a temperature above 0, from all ranks' pairs, uint64 [n_ranks, B]."""
     plan = _combine_draw_plan(layout(pairs), layout(temperature), layout(tokens))
-    launch("sampling.cu", "combine_draw", plan.grid, plan.block, [pairs, *plan.numbers, temperature, tokens], pdl=pdl)
+    launch("sampling_records.cu", "combine_draw", plan.grid, plan.block,
+           [pairs, *plan.numbers, temperature, tokens], pdl=pdl)
 
 
 # Checks, and what follows from the layouts
@@ -202,10 +210,10 @@ def combine_draw(pairs: Any, temperature: Any, *, tokens: Any, pdl: bool = False
 def _argmax_plan(logits: Layout, vocab_start: int, temperature: Layout, parts: Layout, tickets: Layout,
                  pairs: Layout) -> LaunchPlan:
     op = "row_argmax"
-    batch, columns = check_logits(op, logits, vocab_start)
+    batch, columns = check_logits(op, logits, vocab_start, _DTYPES)
     check_array(op, "temperature", temperature, (batch,), np.float32)
     blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    return LaunchPlan((blocks, batch), THREADS, numbers=(np.int32(columns), np.int64(vocab_start)))
+    return LaunchPlan((blocks, batch), THREADS, _defines(logits), (np.int32(columns), np.int64(vocab_start)))
 
 
 @remembered
@@ -231,13 +239,14 @@ def _combine_argmax_plan(pairs: Layout, rows: tuple[Layout, ...], row_max: Layou
 def _count_plan(logits: Layout, temperature: Layout, row_max: Layout, search: Layout, level: int,
                 histogram: Layout) -> LaunchPlan:
     op = "count_digits"
-    batch, columns = check_logits(op, logits, 0)
+    batch, columns = check_logits(op, logits, 0, _DTYPES)
     for name, array in (("temperature", temperature), ("row_max", row_max)):
         check_array(op, name, array, (batch,), np.float32)
     _check_level(op, level)
     check_array(op, "search", search, (batch, SEARCH_WORDS), np.uint64)
     check_array(op, "histogram", histogram, (batch, 2, BINS[level]), np.uint64)
-    return LaunchPlan((blocks_per_row(batch, columns), batch), THREADS, numbers=(np.int32(columns), np.int32(level)))
+    return LaunchPlan((blocks_per_row(batch, columns), batch), THREADS, _defines(logits),
+                      (np.int32(columns), np.int32(level)))
 
 
 @remembered
@@ -262,12 +271,12 @@ def _find_plan(histograms: Layout, first: Layout, level: int, rows: tuple[Layout
 def _draw_plan(logits: Layout, vocab_start: int, rows: tuple[Layout, ...], row_max: Layout, least: Layout,
                parts: Layout, tickets: Layout, pairs: Layout) -> LaunchPlan:
     op = "draw"
-    batch, columns = check_logits(op, logits, vocab_start)
+    batch, columns = check_logits(op, logits, vocab_start, _DTYPES)
     _check_rows(op, rows, batch)
     for name, array in (("row_max", row_max), ("least", least)):
         check_array(op, name, array, (batch,), np.float32)
     blocks = _check_row_max(op, batch, parts, tickets, pairs)
-    return LaunchPlan((blocks, batch), THREADS, numbers=(np.int32(columns), np.int64(vocab_start)))
+    return LaunchPlan((blocks, batch), THREADS, _defines(logits), (np.int32(columns), np.int64(vocab_start)))
 
 
 @remembered
@@ -277,6 +286,10 @@ def _combine_draw_plan(pairs: Layout, temperature: Layout, tokens: Layout) -> La
     check_array(op, "temperature", temperature, (batch,), np.float32)
     check_array(op, "tokens", tokens, (batch,), np.int64)
     return LaunchPlan(-(-batch // THREADS), THREADS, numbers=(np.int32(n_ranks), np.int32(batch)))
+
+
+def _defines(logits: Layout) -> tuple[str, ...]:
+    return (f"DTYPE={DTYPE_DEFINES[logits.dtype.name]}",)
 
 
 def _check_rows(op: str, rows: tuple[Layout, ...], batch: int) -> None:

@@ -64,7 +64,7 @@ def _split_masses(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The integer masses' upper and lower 20 bits, as float32.
 
     exp(z) is 2^n times 2^f by a series, with n + f = z * log2(e): float32 multiplications and additions in a fixed
-    order, so that every machine has the same masses. sampling.cu does the same. All other steps are exact.
+    order, so that every machine has the same masses. sampling_logits.cu does the same. All other steps are exact.
     """
     f = np.maximum(z, NO_MASS)
     f *= LOG2_E

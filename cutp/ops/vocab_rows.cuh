@@ -1,11 +1,12 @@
 // Rows of logits over a shard of the vocabulary: reading them, and pairs of (value, token id) whose maximum does not
-// depend on who computes it. What the kernels of sampling.cu, penalties.cu and logprobs.cu share.
+// depend on who computes it. What the kernels of sampling_logits.cu, sampling_records.cu, penalties.cu and logprobs.cu
+// share.
 #pragma once
 #include "device.cuh"
 
 constexpr int block_threads = 256;
 constexpr int warps = block_threads / warp_size;
-constexpr int width = vector_size<float>;  // logits of one 16-byte access: a group
+constexpr int width = vector_size<float>;  // columns that a thread works on together
 constexpr int in_flight = 4;               // groups that a thread loads before it works on them
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -16,40 +17,61 @@ __device__ __forceinline__ bool inside(int column, int columns) {
     return static_cast<u32>(column) < static_cast<u32>(columns);
 }
 
-// Columns column .. column + 3, some of which may lie outside the row: `outside` stands for those. Rows may begin
+// The columns of one 16-byte access.
+template <class T> union Group {
+    uint4 vector;
+    T values[vector_size<T>];
+};
+
+// The group from `column` on, where some columns may lie outside the row: `outside` stands for those. Rows may begin
 // anywhere: only groups that are aligned and whole are read by one access.
 template <class T>
-__device__ __forceinline__ void load_group(const T* row, int column, int columns, T outside, T (&values)[width]) {
+__device__ __forceinline__ void load_group(const T* row, int column, int columns, T outside, Group<T>& group) {
+    constexpr int each = vector_size<T>;
     const T* p = row + column;
-    if (column >= 0 && column + width <= columns && reinterpret_cast<u64>(p) % 16 == 0) {
-        union { uint4 vector; T elements[width]; } v;
-        v.vector = load_activation(p);
-#pragma unroll
-        for (int j = 0; j < width; j++) values[j] = v.elements[j];
+    if (column >= 0 && column + each <= columns && reinterpret_cast<u64>(p) % 16 == 0) {
+        group.vector = load_activation(p);
     } else {
 #pragma unroll
-        for (int j = 0; j < width; j++)
-            values[j] = inside(column + j, columns) ? load_activation_element(p + j) : outside;
+        for (int j = 0; j < each; j++)
+            group.values[j] = inside(column + j, columns) ? load_activation_element(p + j) : outside;
     }
 }
 
-// visit(column, values) for this block's share of a row's groups; the blocks along x share the row. Group g begins at
-// column g * 4 - shift, so that the first one may begin before the row.
+// visit(column, values) for every four columns of a group; values of 16 bits become floats.
+template <class T, class Visit>
+__device__ __forceinline__ void visit_group(int column, const Group<T>& group, const Visit& visit) {
+    if constexpr (vector_size<T> == width) {
+        visit(column, group.values);
+    } else {
+#pragma unroll
+        for (int first = 0; first < vector_size<T>; first += width) {
+            float four[width];
+#pragma unroll
+            for (int j = 0; j < width; j++) four[j] = to_float(group.values[first + j]);
+            visit(column + first, four);
+        }
+    }
+}
+
+// visit(column, values), four columns at a time, for this block's share of a row's groups; the blocks along x share the
+// row. The first group begins at column -shift, which may be before the row, and each where the one before it ends.
 template <class T, class Visit>
 __device__ __forceinline__ void for_each_group(const T* row, int columns, int shift, T outside, Visit visit) {
-    const int groups = (columns + shift + width - 1) / width;
-    const int share = (groups + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-    const int end = min(groups, share * (static_cast<int>(blockIdx.x) + 1));
+    constexpr int each = vector_size<T>;
+    const int count = (columns + shift + each - 1) / each;
+    const int share = (count + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    const int end = min(count, share * (static_cast<int>(blockIdx.x) + 1));
     for (int g = share * static_cast<int>(blockIdx.x) + static_cast<int>(threadIdx.x); g < end;
          g += in_flight * block_threads) {
-        T values[in_flight][width];
+        Group<T> groups[in_flight];
 #pragma unroll
         for (int i = 0; i < in_flight; i++)
             if (g + i * block_threads < end)
-                load_group(row, (g + i * block_threads) * width - shift, columns, outside, values[i]);
+                load_group(row, (g + i * block_threads) * each - shift, columns, outside, groups[i]);
 #pragma unroll
         for (int i = 0; i < in_flight; i++)
-            if (g + i * block_threads < end) visit((g + i * block_threads) * width - shift, values[i]);
+            if (g + i * block_threads < end) visit_group((g + i * block_threads) * each - shift, groups[i], visit);
     }
 }
 

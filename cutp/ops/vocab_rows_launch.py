@@ -9,7 +9,7 @@ import numpy as np
 
 from cutp.array.layout import Layout
 from cutp.errors import ConfigError
-from cutp.ops.launch_arguments import check_array, check_axes
+from cutp.ops.launch_arguments import check_array, check_axes, check_dtype
 
 MAX_COLUMNS = 1 << 18  # of one rank's shard
 MAX_ROWS = 65535  # blocks along y
@@ -17,7 +17,7 @@ TOKEN_IDS = 1 << 32
 
 # Of the kernels.
 THREADS, WARP = 256, 32
-_GROUP = 4  # logits that a thread loads at once
+_GROUP = 4  # logits that a thread works on together
 _BLOCKS = 528  # that fill a large GPU
 
 Gather = Callable[[Any], Any]
@@ -29,10 +29,13 @@ def blocks_per_row(batch: int, columns: int) -> int:
     return max(1, min(_BLOCKS // max(1, batch), useful))
 
 
-def check_logits(op: str, logits: Layout, vocab_start: int) -> tuple[int, int]:
+def check_logits(op: str, logits: Layout, vocab_start: int,
+                 dtypes: tuple[str, ...] = ("float32",)) -> tuple[int, int]:
+    """The rows and columns of logits, contiguous [B, V_local] of one of these dtypes. ConfigError otherwise."""
     check_axes(op, "logits", logits, "B, V_local")
+    check_dtype(op, "logits", logits, dtypes)
     batch, columns = logits.shape
-    check_array(op, "logits", logits, (batch, columns), np.float32)
+    check_array(op, "logits", logits, (batch, columns))
     if batch > MAX_ROWS or columns > MAX_COLUMNS:
         raise ConfigError(f"{op}: logits of shape {logits.shape}; at most {MAX_ROWS} rows of {MAX_COLUMNS} columns "
                           "are possible")

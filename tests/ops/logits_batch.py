@@ -1,4 +1,4 @@
-"""Batches of logits for sampling.cu, penalties.cu and logprobs.cu, whole or on the shards of several ranks."""
+"""Batches of logits for kernels of sampling, penalties.cu and logprobs.cu, whole or on the shards of several ranks."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""sampling.cu against its specification in NumPy: tokens bit for bit."""
+"""sampling_logits.cu and sampling_records.cu against their specification in NumPy: tokens bit for bit."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def random_settings(rng, n):
 
 
 def natural_log(v):
-    """sampling.cu's, operation by operation."""
+    """philox.cuh's, operation by operation."""
     offset = v.view(np.int32) - np.int32(0x3F3504F3)
     k = (offset >> 23).astype(f32)
     f = ((offset & np.int32(0x007FFFFF)) + np.int32(0x3F3504F3)).view(f32) - f32(1)
