@@ -11,8 +11,10 @@
 // multiprocessor and fills its ring with weights, while other blocks and the small kernels between the two products
 // are still at work (`pdl_wait`): memory is not idle meanwhile.
 //
-// Where `rows` is no multiple of 64, the last group of an operand reaches into what follows in shared memory; the rows
-// of the product that come of it are not stored. What a box has outside W or x arrives as zeros.
+// Where `rows` is no multiple of 64, the last group of an operand reaches into what follows in shared memory, and so do
+// the COLUMNS rows of x where `x_rows` are less; the rows and columns of the product that come of it are not stored. What
+// a box has outside W or x arrives as zeros, but slowly: with 40 of 64 rows of x in a box, a product took half as long
+// again.
 //
 // An instruction waits for the one before if it adds to the same sums, about as long as four of them take. So where a
 // piece has fewer than four groups of 64 rows, a result has SPLITS sums, which take turns in K, 16 elements each, and
@@ -57,8 +59,9 @@ static_assert(own_groups % parts == 0 && own_sums > 0, "work for each warpgroup"
 __device__ __forceinline__ int warpgroup_id() { return threadIdx.x / warpgroup_threads; }
 
 // The shape of the product and how it is cut up. n: columns of y. rows: of each part of W in a piece, a multiple of 8.
+// x_rows: of x in a stage, the next multiple of 8 from m on.
 struct Shape {
-    int m, n, k_panels, rows, panels, stages;
+    int m, n, k_panels, rows, x_rows, panels, stages;
 
     __device__ __forceinline__ int pieces_of_block() const {
         const int pieces = (n + rows - 1) / rows;
@@ -68,7 +71,8 @@ struct Shape {
     // From one piece of the block to the next.
     __device__ __forceinline__ int piece_distance() const { return gridDim.x * rows; }
     __device__ __forceinline__ u32 part_bytes() const { return panels * rows * row_bytes; }
-    __device__ __forceinline__ u32 stage_bytes() const { return parts * part_bytes() + panels * COLUMNS * row_bytes; }
+    __device__ __forceinline__ u32 x_panel_bytes() const { return x_rows * row_bytes; }
+    __device__ __forceinline__ u32 stage_bytes() const { return parts * part_bytes() + panels * x_panel_bytes(); }
 };
 
 // Sums that pass from one warpgroup to the other at a time, in each of its threads, and where.
@@ -250,6 +254,7 @@ struct Sums {
 template <int panels>
 __device__ __forceinline__ void multiply(Sums& sums, Operands& operands, const Shape& shape) {
     const u32 part_bytes = shape.part_bytes(), panel_bytes = shape.rows * row_bytes;
+    const u32 x_panel_bytes = shape.x_panel_bytes();
 #pragma unroll 1
     for (int step = 0, steps = shape.steps_of_piece(); step < steps; step++) {
         const u64 weight = operand_at(operands.weight, operands.offset), x = operand_at(operands.x, operands.offset);
@@ -259,7 +264,7 @@ __device__ __forceinline__ void multiply(Sums& sums, Operands& operands, const S
         wgmma_fence();
 #pragma unroll
         for (int panel = 0; panel < panels; panel++)
-            sums.add(operand_at(weight, panel * panel_bytes), operand_at(x, panel * COLUMNS * row_bytes), part_bytes);
+            sums.add(operand_at(weight, panel * panel_bytes), operand_at(x, panel * x_panel_bytes), part_bytes);
         wgmma_commit();
         operands.advance();
         wgmma_wait<0>();
@@ -346,15 +351,15 @@ __device__ __forceinline__ void store(const Sums& sums, const Bias& bias, const 
 }
 
 // weight_map: of W [parts * n, k] seen as [k / 64, parts * n, 64], boxes of [panels, rows, 64]; x_map: of x [m, k] in
-// the same way, boxes of [panels, COLUMNS, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart,
+// the same way, boxes of [panels, x_rows, 64]; bias [parts * n] or null; y: m rows of n elements, y_stride apart,
 // float if `float_out`. k_panels: k / 64. panels: 1, 2, 4 or 8. activation (SILU or GELU_TANH) and limit: of GATED.
 // shared_bytes: the size of the dynamic shared memory, with which a multiprocessor has room for one block.
 extern "C" __global__ void __launch_bounds__(threads, 1)
 stream_gemm(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
             const scalar_t* bias, void* y, int m, int n, int k_panels, i64 y_stride, int float_out, int rows,
-            int panels, int stages, int shared_bytes, int activation, float limit) {
+            int x_rows, int panels, int stages, int shared_bytes, int activation, float limit) {
     pdl_launch_dependents();
-    const Shape shape{m, n, k_panels, rows, panels, stages};
+    const Shape shape{m, n, k_panels, rows, x_rows, panels, stages};
     const Ring ring(shared_bytes, shape);
     const int pieces = shape.pieces_of_block(), steps = pieces * shape.steps_of_piece();
     if (warp_id() == multiplying_warps) {

@@ -65,13 +65,14 @@ _MEMORY_RATE, _L2_RATE, _MULTIPROCESSOR_RATE = 4200, 8000, 65
 class Plan:
     """How a product is launched.
 
-    grid: blocks; rows: of each part of the weight in a piece; columns: rows of x that an instruction takes; groups: of
-    64 rows of the weight in a piece; splits: sums of a result; panels: in a stage; stages: in the ring; shared_bytes:
-    dynamic shared memory.
+    grid: blocks; rows: of each part of the weight in a piece; x_rows: of x in a stage; columns: rows of x that an
+    instruction takes; groups: of 64 rows of the weight in a piece; splits: sums of a result; panels: in a stage;
+    stages: in the ring; shared_bytes: dynamic shared memory.
     """
 
     grid: int
     rows: int
+    x_rows: int
     columns: int
     groups: int
     splits: int
@@ -118,7 +119,7 @@ def stream_gemm_gated(x: Any, weight: Any, name: str, bias: Any = None, *, limit
 
 def max_rows(weight_rows: int) -> int:
     """The most rows of x for a weight of so many rows: MAX_M or WIDE_MAX_M."""
-    return _max_rows_of(splits_of(weight_rows))
+    return _max_rows_of(splits_of(max(1, weight_rows)))
 
 
 @lru_cache(maxsize=4096)
@@ -141,7 +142,7 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     splits: other sums than `splits_of` gives, and so other bits. stage_bytes, ring_bytes: see STAGE_BYTES, RING_BYTES;
     a ring has at least two stages, even if they need more.
     """
-    parts, columns = 2 if gated else 1, _columns(m)
+    parts, x_rows = 2 if gated else 1, _x_rows(m)
     splits = splits or splits_of(parts * n)
     groups = (_GATED_GROUPS if gated else _GROUPS)[splits]
     pieces = -(-n // rows)
@@ -151,13 +152,14 @@ def plan_of_rows(n: int, k: int, m: int, rows: int, *, gated: bool = False, spli
     panels = 1
     while (2 * panels <= min(_MAX_PANELS, -(-k // PANEL_LENGTH))
            and _stage_bytes(rows, 0, parts, 2 * panels) <= stage_bytes
-           and _stages(rows, columns, parts, groups, 2 * panels, ring_bytes) >= _LEAST_STAGES):
+           and _stages(rows, x_rows, parts, groups, 2 * panels, ring_bytes) >= _LEAST_STAGES):
         panels *= 2
     steps = passes * -(-k // (panels * PANEL_LENGTH))
-    stages = max(2, min(_stages(rows, columns, parts, groups, panels, ring_bytes), steps))
-    shared = stages * (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
-    shared += _bytes_behind(rows, columns, parts, groups, panels)
-    return Plan(-(-pieces // passes), rows, columns, groups, splits, panels, stages, max(shared, LEAST_BYTES))
+    stages = max(2, min(_stages(rows, x_rows, parts, groups, panels, ring_bytes), steps))
+    shared = stages * (_stage_bytes(rows, x_rows, parts, panels) + _BARRIER_BYTES)
+    shared += _bytes_behind(rows, x_rows, parts, groups, panels)
+    return Plan(-(-pieces // passes), rows, x_rows, _columns(m), groups, splits, panels, stages,
+                max(shared, LEAST_BYTES))
 
 
 @lru_cache(maxsize=4096)
@@ -174,15 +176,20 @@ def _max_rows_of(splits: int) -> int:
 
 def _best_rows(n: int, m: int, parts: int, groups: int) -> int:
     """Rows of each part in a piece: a multiple of 8 of which the ring holds three stages."""
-    columns, most = _columns(m), groups // parts * _GROUP_ROWS
+    x_rows, most = _x_rows(m), groups // parts * _GROUP_ROWS
     fits = [rows for rows in range(8, min(most, -(-n // 8) * 8) + 1, 8)
-            if _stages(rows, columns, parts, groups, 1, RING_BYTES) >= _LEAST_STAGES]
+            if _stages(rows, x_rows, parts, groups, 1, RING_BYTES) >= _LEAST_STAGES]
     return min(fits, key=lambda rows: (_time(n, m, rows, parts), -rows))
 
 
 def _columns(m: int) -> int:
     """COLUMNS of the kernel."""
     return next(c for c in (8, 16, 32, 64, 96, 128) if m <= c)
+
+
+def _x_rows(m: int) -> int:
+    """Rows of x in a stage: a multiple of 8, in which the copy engine permutes pieces of rows."""
+    return -(-m // 8) * 8
 
 
 def _time(n: int, m: int, rows: int, parts: int) -> float:
@@ -196,20 +203,21 @@ def _time(n: int, m: int, rows: int, parts: int) -> float:
     return longest + 0.25 * of_block / _MULTIPROCESSOR_RATE
 
 
-def _stage_bytes(rows: int, columns: int, parts: int, panels: int) -> int:
-    return panels * (parts * rows + columns) * _ROW_BYTES
+def _stage_bytes(rows: int, x_rows: int, parts: int, panels: int) -> int:
+    return panels * (parts * rows + x_rows) * _ROW_BYTES
 
 
-def _stages(rows: int, columns: int, parts: int, groups: int, panels: int, ring_bytes: int) -> int:
+def _stages(rows: int, x_rows: int, parts: int, groups: int, panels: int, ring_bytes: int) -> int:
     """How many stages fit into `ring_bytes`, with what else is there."""
-    available = ring_bytes - _bytes_behind(rows, columns, parts, groups, panels)
-    return available // (_stage_bytes(rows, columns, parts, panels) + _BARRIER_BYTES)
+    available = ring_bytes - _bytes_behind(rows, x_rows, parts, groups, panels)
+    return available // (_stage_bytes(rows, x_rows, parts, panels) + _BARRIER_BYTES)
 
 
-def _bytes_behind(rows: int, columns: int, parts: int, groups: int, panels: int) -> int:
-    """Shared memory behind the stages but the barriers: what the last operand reaches into, and where one warpgroup
+def _bytes_behind(rows: int, x_rows: int, parts: int, groups: int, panels: int) -> int:
+    """Shared memory behind the stages but the barriers: what the last operands reach into, and where one warpgroup
     gives the other its sums, if the two have not rows of their own."""
-    reach = (groups // parts * _GROUP_ROWS - rows) * _ROW_BYTES - panels * columns * _ROW_BYTES
+    columns = _columns(x_rows)
+    reach = max((groups // parts * _GROUP_ROWS - rows) - panels * x_rows, columns - x_rows) * _ROW_BYTES
     return max(0, reach) + (min(columns // 2, 8) * 4 * 128 if groups == parts else 0)
 
 
@@ -221,10 +229,10 @@ def _launch(x: Any, weight: Any, bias: Any, out: Any, out_stride: int, chosen: P
     launch(
         "stream_gemm.cu", "stream_gemm", chosen.grid, _THREADS,
         [TensorMap(_in_panels(weight), (chosen.panels, chosen.rows, ROW_ELEMENTS), weight=True),
-         TensorMap(_in_panels(x), (chosen.panels, chosen.columns, ROW_ELEMENTS)),
+         TensorMap(_in_panels(x), (chosen.panels, chosen.x_rows, ROW_ELEMENTS)),
          bias, out, np.int32(m), np.int32(n), np.int32(k // PANEL_LENGTH), np.int64(out_stride),
-         np.int32(out.dtype.name == "float32"), np.int32(chosen.rows), np.int32(chosen.panels), np.int32(chosen.stages),
-         np.int32(chosen.shared_bytes), activation, limit],
+         np.int32(out.dtype.name == "float32"), np.int32(chosen.rows), np.int32(chosen.x_rows), np.int32(chosen.panels),
+         np.int32(chosen.stages), np.int32(chosen.shared_bytes), activation, limit],
         shared_bytes=chosen.shared_bytes, defines=tuple(defines + ["GATED"] if gated else defines), pdl=pdl,
     )
 

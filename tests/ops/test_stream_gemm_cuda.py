@@ -33,7 +33,8 @@ DTYPES = [bfloat16, float16]
 # a stage), several pieces of a block, rings that go round.
 CASES = [(16, 64, 1, 16), (37, 1024, 5, 16), (40, 320, 8, 40), (1, 64, 1, 8), (70, 192, 9, 64), (130, 128, 16, 72),
          (129, 64, 17, 128), (25, 512, 33, 24), (90, 256, 64, 96), (201, 64, 3, 200), (250, 64, 20, 136),
-         (257, 128, 64, 192), (24, 320, 65, 24), (90, 192, 96, 96), (260, 64, 80, 200)]
+         (257, 128, 64, 192), (24, 320, 65, 24), (90, 192, 96, 96), (260, 64, 80, 200), (40, 576, 20, 16),
+         (72, 320, 41, 72)]
 # More rows of x than there may be but with one sum a result.
 WIDE_CASES = [(140, 128, 97, 136), (260, 192, 128, 200)]
 # F, K, M, rows of a piece, splits.
@@ -250,7 +251,7 @@ SIZES = [1, 8, 40, 768, 1024, 1056, 1280, 2048, 3072, 3200, 4096, 4224, 6144, 12
 LENGTHS = [64, 512, 576, 896, 1792, 2048, 4096, 14336, 28672]
 
 
-MS = (1, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128)
+MS = (1, 8, 9, 16, 17, 24, 32, 33, 40, 48, 64, 65, 80, 96, 97, 112, 128)
 
 
 def plans():
@@ -271,7 +272,7 @@ def test_every_plan_is_declared_and_every_variant_planned():
 def test_plans_fit():
     for gated, n, k, m, p in plans():
         parts = 2 if gated else 1
-        assert p.columns >= m and p.rows % 8 == 0 and p.rows * parts <= 256
+        assert p.columns >= p.x_rows >= m > p.x_rows - 8 and p.rows % 8 == p.x_rows % 8 == 0 and p.rows * parts <= 256
         assert p.groups // parts * 64 >= p.rows
         pieces = -(-n // p.rows)
         steps = -(-pieces // p.grid) * -(-k // (64 * p.panels))
@@ -281,9 +282,10 @@ def test_plans_fit():
         # A multiprocessor has 228 KB, of which the system takes one for each block: one fits, beside small kernels.
         assert p.shared_bytes <= RING_BYTES and 2 * (p.shared_bytes + 1024) > 228 * 1024
         # What the operands of the last stage reach into exists, before the barriers.
-        stage = p.panels * (parts * p.rows + p.columns) * 128
+        stage = p.panels * (parts * p.rows + p.x_rows) * 128
         last_panel = (p.stages - 1) * stage + (p.panels - 1) * parts * p.rows * 128
         reach = last_panel + ((parts - 1) * p.rows + p.groups // parts * 64) * 128
+        reach = max(reach, p.stages * stage + (p.columns - p.x_rows) * 128)
         exchange = 0 if p.groups > parts else min(p.columns // 2, 8) * 4 * 128
         needed = max(reach, p.stages * stage) + exchange + 16 * p.stages
         assert p.shared_bytes == max(needed, LEAST_BYTES)
