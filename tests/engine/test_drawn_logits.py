@@ -19,16 +19,23 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9, seed=0, ignore_eos=True)
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The dtypes of the logits that `all_local_logits` has returned."""
-    found, own = [], distributed_transformer.DistributedTransformer.all_local_logits
+    """The dtypes of the logits that `all_local_logits` has returned. Those of `local_logits` are float32."""
+    model, found, others = distributed_transformer.DistributedTransformer, [], []
 
-    def recorded(self, hs):
-        parts = own(self, hs)
-        found.extend(part.dtype for part in parts)
-        return parts
+    def record(name, dtypes):
+        own = getattr(model, name)
 
-    monkeypatch.setattr(distributed_transformer.DistributedTransformer, "all_local_logits", recorded)
-    return found
+        def recorded(self, *arguments):
+            parts = own(self, *arguments)
+            dtypes.extend(part.dtype for part in parts)
+            return parts
+
+        monkeypatch.setattr(model, name, recorded)
+
+    record("all_local_logits", found)
+    record("local_logits", others)
+    yield found
+    assert set(others) == {float32}
 
 
 def tokens_of(path, dtype, **settings):

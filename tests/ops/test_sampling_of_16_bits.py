@@ -15,6 +15,7 @@ from tests.ops.test_sampling_cuda import (
     expected_sample,
     first_histogram,
     new_buffers,
+    noise_of,
     random_settings,
     run_sample,
     sampling_arguments,
@@ -142,6 +143,22 @@ def test_greedy_pairs(device, dtype, v):
     expected = pack_pairs(x.astype(float32), np.arange(1000, 1000 + v)).max(axis=1)
     expected[3] = NAN_PAIR
     np.testing.assert_array_equal(device.numpy(b.pairs), np.where(temperature < 0, NO_PAIR, expected))
+
+
+@both
+@pytest.mark.parametrize("vocab_start", [0, 1, 2, 3])
+@pytest.mark.parametrize("v", [GROUP, 16, 43])
+def test_draws_of_a_shard_that_begins_within_four_tokens(device, dtype, vocab_start, v):
+    """Every column is drawn from, the first and the last too: each is the best one of some row."""
+    rows, ids = settings(v, position=np.arange(v)), np.arange(vocab_start, vocab_start + v)
+    x = np.where(np.eye(v, dtype=bool), 0, -20).astype(dtype)
+    b = new_buffers(device, v, v)
+    row_max, least = device.array(np.zeros(v, float32)), device.array(np.full(v, -100, float32))
+    sampling_cuda.draw(*read_only(device, x), vocab_start, SamplingArrays.of(rows, device.array), row_max, least,
+                       parts=b.parts, tickets=b.tickets, pairs=b.pairs)
+    pairs = pack_pairs(x.astype(float32) + noise_of(rows, ids), ids)
+    assert len(np.unique(pairs.argmax(axis=1))) > 0.9 * v
+    np.testing.assert_array_equal(device.numpy(b.pairs), pairs.max(axis=1))
 
 
 @both
