@@ -37,6 +37,13 @@ def test_a_multiprocessor_has_room_for_two_blocks_of_decode_attention_and_no_mor
     assert blocks and {key: n for key, n in blocks.items() if n != 2} == {}
 
 
+def test_a_multiprocessor_has_room_for_four_blocks_of_the_kernels_along_logits(outcome):
+    """By their registers: the launcher's grids have four blocks for each multiprocessor of a large GPU."""
+    blocks = {key: 65536 // (-(-usage.registers // 8) * 8 * 256) for key, usage in outcome.usage.items()
+              if key.startswith("sampling_logits.cu/") and key.endswith("/sm_90a")}
+    assert len(blocks) == 9 and {key: n for key, n in blocks.items() if n < 4} == {}
+
+
 def test_the_budget_names_only_what_is_compiled(outcome):
     assert outcome.errors or outcome.unknown(read_budget()) == []
 

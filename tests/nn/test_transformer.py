@@ -238,6 +238,9 @@ def test_local_logits_are_the_vocabulary_slices():
     model.return_logits = ReturnLogits.ALL
     _, every, _ = model(batch, poisoned_caches(model.kv_params, 3))
     close(np.concatenate(parts, axis=1), every[rows])
+    drawn = model.all_local_logits(hidden)
+    assert {part.dtype for part in parts + drawn} == {np.dtype(np.float32)}
+    close(np.concatenate(drawn, axis=1), every)
 
 
 @pytest.mark.parametrize("n", (1, 3))

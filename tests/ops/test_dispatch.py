@@ -178,6 +178,22 @@ def test_logits_are_finished_in_float32(up, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_to_draw_from(up, dtype):
+    """On a device those that need neither scaling nor a cap themselves; else those of `finish_logits`."""
+    logits = 20 * values(0, ROWS, 30, dtype=dtype)
+    there = up(logits)
+    assert dispatch.logits_to_draw_from(there, 1.0, None) is there and there.dtype == dtype
+    np.testing.assert_array_equal(there.host, logits)
+    for scaling, cap in ((1.0, None), (4.0, None), (1.0, 15.0), (2.0, 5.0)):
+        expected = dispatch.finish_logits(logits.copy(), scaling, cap)
+        host = dispatch.logits_to_draw_from(logits.copy(), scaling, cap)
+        assert host.dtype == float32
+        np.testing.assert_array_equal(host, expected)
+        if (scaling, cap) != (1.0, None):
+            assert_close(dispatch.logits_to_draw_from(up(logits), scaling, cap), expected, float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("turned", [None, False, True])
 def test_rotary_kv_write(up, dtype, turned):
     """turned: None for no rotation, else whether pairs are interleaved."""
