@@ -92,15 +92,6 @@ __device__ __forceinline__ void tensor_copy_streamed(u32 address, const TensorMa
                  :: "r"(address), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 
-// Brings a box into L2 only.
-__device__ __forceinline__ void tensor_prefetch(const TensorMap& map, int c0, int c1) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];"
-                 :: "l"(&map), "r"(c0), "r"(c1) : "memory");
-}
-__device__ __forceinline__ void tensor_prefetch(const TensorMap& map, int c0, int c1, int c2) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-                 :: "l"(&map), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
 // Brings the map itself near, before its first use.
 __device__ __forceinline__ void tensor_map_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");

@@ -21,11 +21,6 @@ void tensor_copy_streamed(u32 address, const TensorMap& map, u32 barrier, int c0
     static_assert(sizeof...(C) <= 1, "2 or 3 coordinates");
     tensor_copy(address, map, barrier, c0, c1, others...);
 }
-template <class... C> void tensor_prefetch(const TensorMap& map, int c0, int c1, C... others) {
-    static_assert(sizeof...(C) <= 1, "2 or 3 coordinates");
-    const int coordinates[] = {c0, c1, others...};
-    emulation::tensor_prefetch(&map, coordinates, 2 + sizeof...(C));
-}
 inline void tensor_map_prefetch(const TensorMap& map) { emulation::tensor_map_prefetch(&map); }
 
 inline void async_shared_fence() { emulation::async_shared_fence(); }

@@ -143,10 +143,9 @@ extern "C" __global__ void three_coordinates(const __grid_constant__ TensorMap m
     make_barrier(0, 1);
     if (first()) tensor_copy(data(), map, barrier_at(0), 0, 0, 0);
 }
-extern "C" __global__ void from_element(const __grid_constant__ TensorMap map, int element, int prefetch) {
+extern "C" __global__ void from_element(const __grid_constant__ TensorMap map, int element) {
     make_barrier(0, 1);
-    if (first() && prefetch) tensor_prefetch(map, element, 0);
-    else if (first()) tensor_copy(data(), map, barrier_at(0), element, 0);
+    if (first()) tensor_copy(data(), map, barrier_at(0), element, 0);
 }
 extern "C" __global__ void not_a_parameter(const __grid_constant__ TensorMap map) {
     TensorMap other = map;
@@ -157,7 +156,6 @@ extern "C" __global__ void copy_before_wait(const __grid_constant__ TensorMap ma
     make_barrier(0, 1);
     if (wait) pdl_wait();
     if (fence) async_global_fence();
-    tensor_prefetch(map, 0, 0);
     if (first()) {
         barrier_arrive_expect(barrier_at(0), box_bytes);
         tensor_copy(data(), map, barrier_at(0), 0, 0);

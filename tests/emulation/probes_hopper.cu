@@ -29,9 +29,9 @@ extern "C" __global__ void box(const __grid_constant__ TensorMap map, uint4* out
         async_global_fence();
         barrier_arrive_expect(barrier, rows * row_bytes);
         if (axes == 2 && c1 % 2) tensor_copy_streamed(data, map, barrier, c0, c1);
-        else if (axes == 2) tensor_prefetch(map, c0, c1), tensor_copy(data, map, barrier, c0, c1);
+        else if (axes == 2) tensor_copy(data, map, barrier, c0, c1);
         if (axes == 3 && c1 % 2) tensor_copy_streamed(data, map, barrier, c0, c1, c2);
-        else if (axes == 3) tensor_prefetch(map, c0, c1, c2), tensor_copy(data, map, barrier, c0, c1, c2);
+        else if (axes == 3) tensor_copy(data, map, barrier, c0, c1, c2);
         if (axes == 4) tensor_copy(data, map, barrier, c0, c1, c2, c3);
         if (axes == 5) tensor_copy(data, map, barrier, c0, c1, c2, c3, c4);
     }

@@ -203,9 +203,6 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 }
 
 void tensor_map_prefetch(const void* map) { record_of("tensor_map_prefetch", map); }
-void tensor_prefetch(const void* map, const int* coordinates, uint32_t rank) {
-    record_of("tensor_prefetch", map, coordinates, rank);
-}
 
 void tensor_copy(uint32_t address, const void* map, uint32_t barrier, const int* coordinates, uint32_t rank) {
     BoxCopy copy = {record_of("tensor_copy", map, coordinates, rank), {}, address, 2, barrier, thread_number()};

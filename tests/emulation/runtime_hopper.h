@@ -27,7 +27,6 @@ void barrier_arrive(uint32_t address, const char* what, uint32_t bytes);
 void barrier_wait(uint32_t address, uint32_t parity);
 
 void tensor_copy(uint32_t address, const void* map, uint32_t barrier, const int* coordinates, uint32_t rank);
-void tensor_prefetch(const void* map, const int* coordinates, uint32_t rank);
 void tensor_map_prefetch(const void* map);
 void async_shared_fence();
 void async_global_fence();
