@@ -1,8 +1,8 @@
 // Attention of one new token per request over the paged key-value cache. Specification: attention.py.
 //
 // A task is one split of one request (decode_plan.cu) for one key-value head and up to 8 * HEAD_TILES of the query
-// heads that share it. A fixed number of blocks stride over all tasks. The four warps of a block take tiles of 16
-// tokens in turn, merge their results and, where the request has several splits, leave a partial result; whoever
+// heads that share it. A fixed number of blocks share all tasks out, the first to the first block and on to the last
+// block, then back to the first one, and so on. The four warps of a block take tiles of 16 tokens in turn, merge their results and, where the request has several splits, leave a partial result; whoever
 // comes last merges the partial results in the order of the splits. So every sum has an order that depends on the
 // request's own length only.
 //
@@ -90,7 +90,7 @@ decode_attention(const scalar_t* q, const float* cos, const float* sin, scalar_t
     SpareRegisters<spare_registers> spare;
     spare.begin();
     pdl_launch_dependents();
-    const int stride = gridDim.x;
+    int mirror = 2 * static_cast<int>(gridDim.x) - 1;  // this task's number and the next one's
     const uint4 item = load_item(a, blockIdx.x);
     const int tasks = load_weight(plan).x * a.tasks_per_item();
     const int first_length = static_cast<int>(blockIdx.x) < batch ? kv_lengths[blockIdx.x] : 1;
@@ -107,10 +107,12 @@ decode_attention(const scalar_t* q, const float* cos, const float* sin, scalar_t
     attention.load_queries(a, task);
     clear_empty_requests(a, kv_lengths, batch, first_length);
     for (;;) {
-        const bool is_final = task.index + stride >= tasks;
-        const uint4 next_item = load_item(a, task.index + stride);
+        const int next_index = mirror - task.index;
+        mirror += 2 * static_cast<int>(gridDim.x);
+        const bool is_final = next_index >= tasks;
+        const uint4 next_item = load_item(a, next_index);
         attention.begin(a, task, at);
-        const Task next = is_final ? task : make_task(a, task.index + stride, next_item);
+        const Task next = is_final ? task : make_task(a, next_index, next_item);
         const int rounds = task.rounds();
         for (int i = 0; i < rounds; i++) {
             const bool ends = i + 1 == rounds, more = !ends || !is_final, has_tokens = !at.is_empty();

@@ -4,6 +4,9 @@
 // How a request is split depends on how many of its tokens are visible, and on nothing else: not on the requests
 // beside it. This is what makes the result of a request independent of the batch it is in.
 //
+// Requests with long splits come first, so that blocks that take tasks from the list there and back (decode_attention.cu)
+// get about as many tokens each. That is a matter of time only.
+//
 // The next kernel may not start before the plan is in memory: the kernels after that start later still, and all of them
 // may read the plan before their `pdl_wait`.
 //
@@ -62,24 +65,44 @@ __device__ __forceinline__ void write_items(const Share& share, int request, int
     }
 }
 
+// How many of keys[count] are greater than that of this thread, or equal and before it.
+__device__ __forceinline__ int rank_of_thread(const int* keys, int count) {
+    const int own = keys[threadIdx.x];
+    int rank = 0;
+    for (int i = 0; i < count; i++) rank += keys[i] > own || (keys[i] == own && i < static_cast<int>(threadIdx.x));
+    return rank;
+}
+
 // plan[0].x = the number of items; plan[1 ..] = items (request, split | splits of the request << 16, first token,
-// token after the last), requests in order. A request of length 0 has none. One block.
+// token after the last), those of a request one after the other; of every 256 requests, those with the most tokens in a
+// split first. A request of length 0 has none. One block.
 extern "C" __global__ void __launch_bounds__(warps * warp_size)
 decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits) {
     __shared__ int scratch[warps];
+    __shared__ int keys[warps * warp_size], order[warps * warp_size];  // before and after sorting
     __shared__ int lengths[warps * warp_size], offsets[warps * warp_size];
     pdl_wait();
     int count = 0;
     for (int base = 0; base < batch; base += blockDim.x) {
-        const int request = base + threadIdx.x;
-        const int length = request < batch ? load_activation_element(kv_lengths + request) : 0;
+        const int requests = min(static_cast<int>(blockDim.x), batch - base);
+        const bool has_request = static_cast<int>(threadIdx.x) < requests;
+        const int length = has_request ? load_activation_element(kv_lengths + base + threadIdx.x) : 0;
+        const Share own = share_of(length, window, target_splits);
+        keys[threadIdx.x] = min(own.size, own.last - own.first);
+        __syncthreads();
+        if (has_request) {
+            const int rank = rank_of_thread(keys, requests);
+            order[rank] = base + threadIdx.x;
+            lengths[rank] = length;
+        }
+        __syncthreads();
+        const int splits = has_request ? share_of(lengths[threadIdx.x], window, target_splits).splits : 0;
         int added;
-        lengths[threadIdx.x] = length;
-        offsets[threadIdx.x] = count + sum_before(share_of(length, window, target_splits).splits, scratch, added);
+        offsets[threadIdx.x] = count + sum_before(splits, scratch, added);
         count += added;
         __syncthreads();
-        for (int i = warp_id(); i < min(static_cast<int>(blockDim.x), batch - base); i += warps)
-            write_items(share_of(lengths[i], window, target_splits), base + i, offsets[i], plan + 1, capacity);
+        for (int i = warp_id(); i < requests; i += warps)
+            write_items(share_of(lengths[i], window, target_splits), order[i], offsets[i], plan + 1, capacity);
         __syncthreads();
     }
     if (threadIdx.x == 0) store_vector(plan, make_uint4(min(count, capacity), 0, 0, 0));

@@ -283,7 +283,9 @@ latent_decode(const scalar_t* q, const scalar_t* pages, const int* lookup_table,
     pdl_wait();
     clear_empty_requests(a, kv_lengths, batch);
     const int tasks = tasks_of(a);
-    for (int index = blockIdx.x; index < tasks; index += gridDim.x) {
+    // There and back, as in decode_attention.cu. mirror: the sum of a task's number and the next one's.
+    for (int index = blockIdx.x, mirror = 2 * gridDim.x - 1; index < tasks;
+         index = mirror - index, mirror += 2 * gridDim.x) {
         const Task task(a, index);
         const int length = task.last - task.first;
         // Of the task before, a warp may still be reading the totals. All else has been read.

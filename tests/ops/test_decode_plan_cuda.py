@@ -8,16 +8,23 @@ from cutp.ops.decode_attention_cuda import decode_plan, decode_workspace, max_sp
 
 
 def expected_items(lengths, kv_heads, window):
-    """The splits of each request: multiples of 64 tokens, as many as there should be or fewer."""
-    items = []
+    """The splits of each request: multiples of 64 tokens, as many as there should be or fewer; of every 256 requests
+    those with the most tokens in a split first."""
+    chunks, items = [], []
     for request, length in enumerate(lengths):
         first = max(0, length - window) if window else 0
         start = first // 16 * 16
         wanted = max(1, 256 // kv_heads)
         size = min(2048, 64 * max(1, -(-(length - start) // (64 * wanted))))
         begins = range(start, length, size)
-        items += [(request, split | len(begins) << 16, max(begin, first), min(begin + size, length))
-                  for split, begin in enumerate(begins)]
+        if request % 256 == 0:
+            chunks.append([])
+        chunks[-1].append((min(size, length - first), [
+            (request, split | len(begins) << 16, max(begin, first), min(begin + size, length))
+            for split, begin in enumerate(begins)]))
+    for chunk in chunks:
+        for _, splits in sorted(chunk, key=lambda pair: -pair[0]):
+            items += splits
     return np.array(items, np.int64).reshape(-1, 4)
 
 
