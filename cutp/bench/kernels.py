@@ -31,7 +31,6 @@ from cutp.ops.decode_attention_cuda import (
     decode_plan,
     decode_workspace,
     rotary_decode_attention,
-    splits_for_batch,
 )
 from cutp.ops.embedding_cuda import embedding
 from cutp.ops.grouped_gemm_cuda import grouped_linear
@@ -175,7 +174,7 @@ def decode_cases() -> Iterator[Case]:
                 lengths = cupy.full(batch, context, np.int32)
                 shapes = decode_workspace(batch, context, HEADS, KV_HEADS, HEAD_DIM)
                 plan = cupy.zeros(shapes.plan, np.int32)
-                decode_plan(lengths, KV_HEADS, target_splits=splits_for_batch(batch, KV_HEADS), plan=plan)
+                decode_plan(lengths, KV_HEADS, together=True, plan=plan)
                 q, qkv = normal((batch, HEADS, HEAD_DIM)), normal((batch, QKV))
                 cos, sin = normal((2, batch, HEAD_DIM // 2), np.float32)
                 lookup_table = cupy.asarray(table.astype(np.int32))

@@ -23,7 +23,6 @@ from cutp.ops.decode_attention_cuda import (
     decode_plan,
     decode_workspace,
     rotary_decode_attention,
-    splits_for_batch,
     turns_heads,
 )
 from cutp.ops.dispatch import rotary_kv_write
@@ -85,9 +84,9 @@ class DecodeWorkspace:
 
     def prepare(self, kv_lengths: Any) -> None:
         """Lists the work of requests with one new token each, for every window."""
-        splits = None if self.batch_invariant else splits_for_batch(kv_lengths.shape[0], self.n_kv_heads)
         for window, plan in self.plans.items():
-            decode_plan(kv_lengths, self.n_kv_heads, window=window, plan=plan, pdl=True, target_splits=splits)
+            decode_plan(kv_lengths, self.n_kv_heads, window=window, together=not self.batch_invariant, plan=plan,
+                        pdl=True)
 
 
 @dataclass

@@ -69,25 +69,17 @@ def max_splits(max_length: int, n_kv_heads: int) -> int:
     return max(1, min(-(-max_length // _GRANULE), _target_splits(n_kv_heads)), -(-max_length // _MAX_SPLIT))
 
 
-def splits_for_batch(batch: int, n_kv_heads: int) -> int:
-    """Into how many splits a long request is best divided when `batch` requests decode together.
-
-    Requests and heads are tasks enough for the GPU where they are many; what is then gained by a split is less than
-    merging costs. Where a result must not depend on the batch, take the default of `decode_plan` instead.
-    """
-    return max(1, _TASKS // (n_kv_heads * max(1, batch)))
-
-
-def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, target_splits: int | None = None,
-                plan: Any, pdl: bool = False) -> None:
+def decode_plan(kv_lengths: Any, n_kv_heads: int, *, window: int | None = None, together: bool = False, plan: Any,
+                pdl: bool = False) -> None:
     """Lists in `plan` what `decode_attention` has to do in this step.
 
     kv_lengths: int32 [B], tokens of each request in the cache, the new one included; 0 for a row that only pads the
-    batch. window: each token sees itself and the window - 1 tokens before it. target_splits: of a request, unless it is
-    too short or too long for so many; by default as many as one request alone is best divided into, so that its result
-    does not depend on the others. plan: int32 [1 + items, 4], of the shape that `decode_workspace` gives.
+    batch. window: each token sees itself and the window - 1 tokens before it. together: the requests are divided into
+    as many tasks as occupy the GPU once, each by its share of all tokens; otherwise each as if it were alone, so that
+    its result does not depend on the others. plan: int32 [1 + items, 4], of the shape that `decode_workspace` gives.
+    ConfigError for other arrays.
     """
-    launched = _plan_launch(layout(kv_lengths), layout(plan), n_kv_heads, window, target_splits)
+    launched = _plan_launch(layout(kv_lengths), layout(plan), n_kv_heads, window, together)
     launch("decode_plan.cu", "decode_plan", launched.grid, launched.block, [kv_lengths, plan, *launched.numbers],
            pdl=pdl)
 
@@ -150,7 +142,7 @@ def turns_heads(head_dim: int, rotary_dim: int, n_heads: int, n_kv_heads: int, d
 
 @remembered
 def _plan_launch(kv_lengths: Layout, plan: Layout, n_kv_heads: int, window: int | None,
-                 target_splits: int | None) -> LaunchPlan:
+                 together: bool) -> LaunchPlan:
     what = "decode_plan"
     _check_array(what, "kv_lengths", kv_lengths, (None,), "int32")
     _check_array(what, "plan", plan, (None, 4), "int32")
@@ -161,11 +153,9 @@ def _plan_launch(kv_lengths: Layout, plan: Layout, n_kv_heads: int, window: int 
     batch, capacity = kv_lengths.shape[0], plan.shape[0] - 1
     if capacity < batch:
         raise ConfigError(f"{what}: plan has room for {capacity} items, fewer than the {batch} requests")
-    most = _target_splits(n_kv_heads)
-    if target_splits is not None and not 1 <= target_splits <= most:
-        raise ConfigError(f"{what}: target_splits is {target_splits}; it must be from 1 to {most}")
     window = _MAX_INT32 if window is None else min(window, _MAX_INT32)
-    return LaunchPlan(1, _PLAN_THREADS, (), tuple(map(np.int32, (batch, capacity, window, target_splits or most))))
+    return LaunchPlan(1, _PLAN_THREADS, (),
+                      tuple(map(np.int32, (batch, capacity, window, _target_splits(n_kv_heads), together))))
 
 
 @remembered

@@ -1,8 +1,9 @@
 // The work list of decode attention, made once a step: which tokens of which request one block attends to.
 // Launcher: decode_attention_cuda.py; reader: decode_attention.cu.
 //
-// How a request is split depends on how many of its tokens are visible, and on nothing else: not on the requests
-// beside it. This is what makes the result of a request independent of the batch it is in.
+// `target_splits` are those of one request, or, `together`, of all requests, each of which gets as many of them as it has
+// of all visible tokens. Alone, how a request is split depends on how many of its tokens are visible and on nothing else:
+// its result does not depend on the requests beside it.
 //
 // Requests with long splits come first, so that blocks that take tasks from the list there and back (decode_attention.cu)
 // get about as many tokens each. That is a matter of time only.
@@ -23,13 +24,25 @@ struct Share {
     int first, last, start, size, splits;
 };
 
-__device__ __forceinline__ Share share_of(int length, int window, int target_splits) {
+// How requests are divided. all_visible: tokens that all requests together see; 0 if each is divided by itself.
+struct Division {
+    int window, target_splits, all_visible;
+
+    __device__ __forceinline__ int splits(int visible) const {
+        if (all_visible == 0) return target_splits;
+        return max(static_cast<int>(static_cast<i64>(visible) * target_splits / all_visible), 1);
+    }
+};
+
+__device__ __forceinline__ int first_visible(int length, int window) { return length > window ? length - window : 0; }
+
+__device__ __forceinline__ Share share_of(int length, const Division& division) {
     Share share;
     share.last = max(length, 0);
-    share.first = share.last > window ? share.last - window : 0;
+    share.first = first_visible(share.last, division.window);
     share.start = share.first / tile * tile;
-    const int visible = share.last - share.start;
-    const int wanted = (visible + target_splits - 1) / target_splits;
+    const int visible = share.last - share.start, splits = division.splits(visible);
+    const int wanted = (visible + splits - 1) / splits;
     share.size = min(max((wanted + granule - 1) / granule, 1) * granule, max_split);
     share.splits = (visible + share.size - 1) / share.size;
     return share;
@@ -77,17 +90,26 @@ __device__ __forceinline__ int rank_of_thread(const int* keys, int count) {
 // token after the last), those of a request one after the other; of every 256 requests, those with the most tokens in a
 // split first. A request of length 0 has none. One block.
 extern "C" __global__ void __launch_bounds__(warps * warp_size)
-decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits) {
+decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int window, int target_splits, int together) {
     __shared__ int scratch[warps];
     __shared__ int keys[warps * warp_size], order[warps * warp_size];  // before and after sorting
     __shared__ int lengths[warps * warp_size], offsets[warps * warp_size];
     pdl_wait();
+    Division division{window, target_splits, 0};
+    if (together) {
+        int visible = 0;
+        for (int request = threadIdx.x; request < batch; request += blockDim.x) {
+            const int length = max(load_activation_element(kv_lengths + request), 0);
+            visible += length - first_visible(length, window) / tile * tile;
+        }
+        sum_before(visible, scratch, division.all_visible);
+    }
     int count = 0;
     for (int base = 0; base < batch; base += blockDim.x) {
         const int requests = min(static_cast<int>(blockDim.x), batch - base);
         const bool has_request = static_cast<int>(threadIdx.x) < requests;
         const int length = has_request ? load_activation_element(kv_lengths + base + threadIdx.x) : 0;
-        const Share own = share_of(length, window, target_splits);
+        const Share own = share_of(length, division);
         keys[threadIdx.x] = min(own.size, own.last - own.first);
         __syncthreads();
         if (has_request) {
@@ -96,13 +118,13 @@ decode_plan(const int* kv_lengths, uint4* plan, int batch, int capacity, int win
             lengths[rank] = length;
         }
         __syncthreads();
-        const int splits = has_request ? share_of(lengths[threadIdx.x], window, target_splits).splits : 0;
+        const int splits = has_request ? share_of(lengths[threadIdx.x], division).splits : 0;
         int added;
         offsets[threadIdx.x] = count + sum_before(splits, scratch, added);
         count += added;
         __syncthreads();
         for (int i = warp_id(); i < requests; i += warps)
-            write_items(share_of(lengths[i], window, target_splits), order[i], offsets[i], plan + 1, capacity);
+            write_items(share_of(lengths[i], division), order[i], offsets[i], plan + 1, capacity);
         __syncthreads();
     }
     if (threadIdx.x == 0) store_vector(plan, make_uint4(min(count, capacity), 0, 0, 0));

@@ -128,7 +128,7 @@ def _plan_launch(kv_lengths: Layout, plan: Layout, n_heads: int, whole: bool) ->
     if n_heads < 1 or capacity < batch:
         raise ConfigError(f"{op}: a plan of {capacity} items for {batch} requests of {n_heads} heads")
     return LaunchPlan(1, _PLAN_THREADS, (),
-                      tuple(map(np.int32, (batch, capacity, _NO_WINDOW, _target_splits(n_heads, whole)))))
+                      tuple(map(np.int32, (batch, capacity, _NO_WINDOW, _target_splits(n_heads, whole), 0))))
 
 
 @remembered

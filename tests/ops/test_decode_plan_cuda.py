@@ -7,14 +7,17 @@ from cutp.errors import ConfigError
 from cutp.ops.decode_attention_cuda import decode_plan, decode_workspace, max_splits
 
 
-def expected_items(lengths, kv_heads, window):
+def expected_items(lengths, kv_heads, window, together=False):
     """The splits of each request: multiples of 64 tokens, as many as there should be or fewer; of every 256 requests
     those with the most tokens in a split first."""
     chunks, items = [], []
-    for request, length in enumerate(lengths):
-        first = max(0, length - window) if window else 0
+    firsts = [max(0, length - window) if window else 0 for length in lengths]
+    everything = sum(length - first // 16 * 16 for length, first in zip(lengths, firsts, strict=True))
+    for request, (length, first) in enumerate(zip(lengths, firsts, strict=True)):
         start = first // 16 * 16
         wanted = max(1, 256 // kv_heads)
+        if together:
+            wanted = max(1, int(length - start) * wanted // max(1, int(everything)))
         size = min(2048, 64 * max(1, -(-(length - start) // (64 * wanted))))
         begins = range(start, length, size)
         if request % 256 == 0:
@@ -28,23 +31,27 @@ def expected_items(lengths, kv_heads, window):
     return np.array(items, np.int64).reshape(-1, 4)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize(("kv_heads", "window"), [(8, None), (8, 1000), (1, None), (64, 20), (512, None)])
-def test_plan(device, kv_heads, window):
+def test_plan(device, kv_heads, window, together):
     rng = np.random.default_rng(kv_heads)
     lengths = np.concatenate([[0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 70000], rng.integers(0, 5000, 50)])
     plan = device.poisoned(decode_workspace(len(lengths), 70000, kv_heads, kv_heads, 64).plan, np.int32)
-    decode_plan(device.array(lengths.astype(np.int32)), kv_heads, window=window, plan=plan, pdl=True)
-    got, expected = device.numpy(plan), expected_items(lengths, kv_heads, window)
+    decode_plan(device.array(lengths.astype(np.int32)), kv_heads, window=window, together=together, plan=plan,
+                pdl=True)
+    got, expected = device.numpy(plan), expected_items(lengths, kv_heads, window, together)
     assert got[0, 0] == len(expected)
     np.testing.assert_array_equal(got[1 : 1 + len(expected)], expected)
     assert (got[1 + len(expected) :] == np.iinfo(np.int32).max).all()
 
 
-def test_plan_of_more_requests_than_threads(device):
+@pytest.mark.parametrize("together", [False, True])
+def test_plan_of_more_requests_than_threads(device, together):
     lengths = np.random.default_rng(0).integers(0, 300, 600).astype(np.int32)
-    plan = device.poisoned(decode_workspace(600, 300, 4, 4, 64).plan, np.int32)
-    decode_plan(device.array(lengths), 4, plan=plan)
-    expected = expected_items(lengths, 4, None)
+    lengths[400] = 90000
+    plan = device.poisoned(decode_workspace(600, 90000, 4, 4, 64).plan, np.int32)
+    decode_plan(device.array(lengths), 4, together=together, plan=plan)
+    expected = expected_items(lengths, 4, None, together)
     assert device.numpy(plan)[0, 0] == len(expected)
     np.testing.assert_array_equal(device.numpy(plan)[1 : 1 + len(expected)], expected)
 
@@ -53,6 +60,19 @@ def test_a_plan_that_is_too_short_is_not_overrun(device):
     plan = device.poisoned((3, 4), np.int32)
     decode_plan(device.array(np.array([200, 10], np.int32)), 4, plan=plan)
     assert device.numpy(plan)[0, 0] == 2
+
+
+@pytest.mark.parametrize(("lengths", "splits"), [
+    ([1025] * 8, [4] * 8), ([1000] * 3, [8] * 3), ([1024] * 20, [1] * 20), ([1024] * 48, [1] * 48), ([0] * 4, []),
+    ([1024, 0, 1024, 0] * 4, [4] * 8), ([100] * 7 + [32000], [30] + [1] * 7), ([500] * 31 + [16000], [16] + [1] * 31),
+])
+def test_requests_divided_together(device, lengths, splits):
+    """Equal ones alike, into no more tasks than occupy the GPU; a long one among short ones into many."""
+    plan = device.poisoned(decode_workspace(len(lengths), max(lengths), 8, 8, 64).plan, np.int32)
+    decode_plan(device.array(np.array(lengths, np.int32)), 8, together=True, plan=plan)
+    (count, *_), *items = device.numpy(plan).tolist()
+    assert count == sum(splits)
+    assert [place >> 16 for _, place, *_ in items[:count] if place & 0xFFFF == 0] == splits
 
 
 def test_one_long_request_fills_the_machine():

@@ -102,6 +102,13 @@ def test_equals_the_reference(device, dtype, lengths, heads, page_size):
     assert_close(case.run(device), case)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_few_blocks_take_all_tasks(device, blocks):
+    case = Case(bfloat16, [40, 1, 130, 70, 0, 17], 16, 16)
+    np.testing.assert_array_equal(case.run(device, blocks), case.run(device, 64))
+    assert case.items >= 8
+
+
 def test_one_rounding_of_weights_and_result(device):
     # One token: its own latents, to the bit. Two equal ones: still those.
     case = Case(bfloat16, [1, 2], 16)

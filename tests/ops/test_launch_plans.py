@@ -225,7 +225,7 @@ def test_settings_are_not_remembered_with_layouts():
     assert numbers("gated_activation", limit=7.0)[-1] == 7.0 and np.isinf(numbers("gated_activation")[-1])
     assert numbers("decode_attention", scale=0.5)[-2:] != numbers("decode_attention", scale=0.25)[-2:]
     assert numbers("rotary_decode_attention", softcap=5.0)[-2:] != numbers("rotary_decode_attention", softcap=6.0)[-2:]
-    assert numbers("decode_plan", window=5) != numbers("decode_plan") != numbers("decode_plan", target_splits=1)
+    assert numbers("decode_plan", window=5) != numbers("decode_plan") != numbers("decode_plan", together=True)
     assert numbers("embedding", vocab_start=7) != numbers("embedding")
     assert numbers("rotary_kv_write", interleaved=True) != numbers("rotary_kv_write")
     assert numbers("latent_rotary_write", interleaved=True) != numbers("latent_rotary_write")
