@@ -564,7 +564,7 @@ patch = pytest.MonkeyPatch()
 context = fake_cupy(patch)
 cupy = context.__enter__()
 def rank(r):
-    comm = Communicator(ThreadTransport(group, r, 20.0))
+    comm = Communicator(ThreadTransport(group, r, 120.0))
     hold.append(comm)
     with cupy.gpu(r) as gpu:
         if "hang" in sys.argv:
