@@ -190,7 +190,8 @@ def test_a_rank_that_does_not_come(missing, monkeypatch):
         [finding] = report.findings
         assert finding.status == "FAIL" and finding.message.startswith("the ranks cannot talk to each other: ")
         assert report.broken and report.stuck and report.exit_code == 7
-    assert any(f"for rank {missing}" in report.findings[0].message for report in reports.values())
+    # A slow rank may be missed as well, and be named first.
+    assert any(f"rank {missing} (host " in report.findings[0].message for report in reports.values())
 
 
 def test_a_slow_rank_is_waited_for():
