@@ -2,10 +2,8 @@
 
 import json
 import socket
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -35,15 +33,12 @@ def test_help_starts_no_mpi():
 
 def test_import_is_quick():
     def seconds(code):
-        began = time.perf_counter()
-        assert python(code).returncode == 0
-        return time.perf_counter() - began
+        # Of the processor: what else the machine does hardly counts. The quickest of several, because it does count.
+        return min(float(python(code).stdout) for _ in range(5))
 
-    # The quickest of several starts of each: what else the machine does only ever adds.
-    added = min(seconds("import cutp") for _ in range(5)) - min(seconds("pass") for _ in range(5))
-    assert added < 0.15
-    code = "import time; t = time.perf_counter(); import cutp; print(time.perf_counter() - t)"
-    assert statistics.median(float(python(code).stdout) for _ in range(3)) < 0.15
+    total = "import time; print(time.process_time())"
+    assert seconds(f"import cutp; {total}") - seconds(total) < 0.05
+    assert seconds("import time; t = time.process_time(); import cutp; print(time.process_time() - t)") < 0.05
 
 
 @pytest.mark.parametrize("name", cutp.__all__)

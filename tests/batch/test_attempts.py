@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,29 +58,27 @@ def test_one_that_was_killed_here_is_seen_at_once(tmp_path):
     write(tmp_path, 3, {**ME, "pid": None})
     began = time.monotonic()
     start(tmp_path).finish({})
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
-def test_one_elsewhere_is_watched(tmp_path):
+def test_one_elsewhere_is_watched(tmp_path, monkeypatch):
     write(tmp_path, 1, {**ME, "machine": "elsewhere", "host": "node7", "job": "55"})
-    said = []
-    beating = threading.Event()
+    file = tmp_path / "attempt-1.jsonl"
+    said, watched, beats = [], [], True
 
-    def beat():
-        while not beating.wait(0.05):
-            os.utime(tmp_path / "attempt-1.jsonl")
+    def sleep(seconds):
+        watched.append(seconds)
+        if beats:
+            touched = file.stat().st_mtime_ns + 10**9
+            os.utime(file, ns=(touched, touched))
 
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        with pytest.raises(OutputError, match=r"attempt 1 \(host node7, process \d+, job 55\) is running in"):
-            start(tmp_path, said, watch_seconds=0.3)
-    finally:
-        beating.set()
-        thread.join()
-    assert "watching for 0.3 s" in said[0]
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(sleep=sleep, time=time.time))
+    with pytest.raises(OutputError, match=r"attempt 1 \(host node7, process \d+, job 55\) is running in"):
+        start(tmp_path, said, watch_seconds=0.3)
+    assert "watching for 0.3 s" in said[0] and watched == [0.3]
+    beats = False
     own = start(tmp_path, watch_seconds=0.3)
-    assert own.number == 2
+    assert own.number == 2 and watched == [0.3, 0.3]
     own.finish({})
 
 
@@ -90,7 +88,7 @@ def test_a_job_that_the_scheduler_restarted(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     began = time.monotonic()
     start(tmp_path, watch_seconds=30).finish({})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("content", ["", '{"attempt": 1, "ho', "\0\0"])
@@ -113,7 +111,10 @@ def test_two_at_the_same_moment(tmp_path, monkeypatch):
 def test_the_heart_beats(tmp_path):
     own = start(tmp_path, heartbeat_seconds=0.02)
     before = os.stat(own.path).st_mtime_ns
-    time.sleep(0.2)
+    end = time.monotonic() + 10
+    while os.stat(own.path).st_mtime_ns == before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     assert os.stat(own.path).st_mtime_ns > before
     assert own.superseded() is False
     write(tmp_path, 2, ME)

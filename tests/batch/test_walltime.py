@@ -2,9 +2,11 @@
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from cutp.batch import walltime
 from cutp.batch.walltime import default_margin, parse_duration, seconds_left
 from cutp.errors import ConfigError
 
@@ -26,6 +28,16 @@ def test_default_margin():
     assert default_margin(100) == 10 and default_margin(36000) == 60
 
 
+NOW = 1_700_000_000
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """It is NOW, however long a test takes."""
+    monkeypatch.setattr(walltime, "time", SimpleNamespace(time=lambda: NOW + 0.25, mktime=time.mktime,
+                                                          strptime=time.strptime))
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """command(name, text, status): a program on PATH that prints its arguments to a file, and `text`."""
@@ -43,17 +55,17 @@ def command(tmp_path, monkeypatch):
 
 
 def local(seconds, form):
-    return time.strftime(form, time.localtime(time.time() + seconds))
+    return time.strftime(form, time.localtime(NOW + seconds))
 
 
 def test_slurm_variable():
-    assert 99 < seconds_left({"SLURM_JOB_END_TIME": str(int(time.time()) + 101), "SLURM_JOB_ID": "5"}) < 102
+    assert seconds_left({"SLURM_JOB_END_TIME": str(NOW + 101), "SLURM_JOB_ID": "5"}) == 100.75
 
 
 def test_slurm_command(command):
     end = local(1000, "%Y-%m-%dT%H:%M:%S")
     args = command("scontrol", f"JobId=5 JobName=x\n   StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A\n")
-    assert 998 < seconds_left({"SLURM_JOB_ID": "5"}) < 1001 and args.read_text() == "show job 5\n"
+    assert seconds_left({"SLURM_JOB_ID": "5"}) == 999.75 and args.read_text() == "show job 5\n"
     command("scontrol", "JobId=5 EndTime=Unknown Deadline=N/A\n")
     with pytest.raises(ConfigError, match="Slurm does not say when this job ends.*--time-limit 90m"):
         seconds_left({"SLURM_JOB_ID": "5"})
@@ -63,7 +75,7 @@ def test_pbs(command):
     start = local(-600, "%a %b %d %H:%M:%S %Y")
     args = command("qstat", f"Job Id: 5.head\n    Job_Name = x\n    Resource_List.walltime = 00:1\n\t5:00\n"
                             f"    stime = {start}\n    Variable_List = PBS_O_HOME=/x\n")
-    assert 298 < seconds_left({"PBS_JOBID": "5.head"}) < 301 and args.read_text() == "-f 5.head\n"
+    assert seconds_left({"PBS_JOBID": "5.head"}) == 299.75 and args.read_text() == "-f 5.head\n"
     command("qstat", "Job Id: 5\n    Walltime.Remaining = 77\n")
     assert seconds_left({"PBS_JOBID": "5"}) == 77
     for text in ("", f"    stime = {start}\n", "    stime = soon\n    Resource_List.walltime = 00:15:00\n"):

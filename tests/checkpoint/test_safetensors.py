@@ -99,10 +99,10 @@ def test_hostile_header(tmp_path, name):
     header, data, length, error, word = HOSTILE[name]
     path = write_raw(tmp_path / "x.safetensors", header, data, length)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=word) as caught:
         SafetensorsFile(path)
-    seconds, peak = time.monotonic() - start, tracemalloc.get_traced_memory()[1]
+    seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert type(caught.value) is error
     assert str(path) in str(caught.value)

@@ -186,14 +186,14 @@ def test_cost_per_token_does_not_grow(tokenizer, token):
     decoded = []
     backend_decode = tokenizer.decode
     tokenizer.decode = lambda ids, **options: (decoded.append(len(ids)), backend_decode(ids, **options))[1]
-    start = time.monotonic()
+    start = time.process_time()
     try:
         for _ in range(3000):
             detokenizer.push(ids[0])
     finally:
         del tokenizer.decode
     assert max(decoded, default=0) <= 16 and len(decoded) <= 3000 * 6
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_encoding(tokenizer):

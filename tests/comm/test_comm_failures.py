@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -53,7 +54,7 @@ def test_an_exception_wakes_all_ranks_and_comes_out():
     assert sorted(seen) == [0, 1, 3]
     for error, waited in seen.values():
         assert error.rank == 2 and "ZeroDivisionError: the cause" in str(error) and socket.gethostname() in str(error)
-        assert waited < 2
+        assert waited < 10
 
 
 def test_an_exception_wakes_ranks_that_wait_in_a_sub_communicator():
@@ -69,7 +70,7 @@ def test_an_exception_wakes_ranks_that_wait_in_a_sub_communicator():
     began = time.monotonic()
     with pytest.raises(KeyError):
         run_threads(4, program, timeout=30)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_failure_of_a_sub_communicator_leaves_the_others_usable():
@@ -110,7 +111,7 @@ def test_deadline_names_operation_and_missing_rank(monkeypatch, call):
 
     def program(comm):
         if comm.rank == 1:
-            assert release.wait(10)
+            assert release.wait(20)
             comm.barrier()
         try:
             if call == "all_reduce":
@@ -128,18 +129,24 @@ def test_deadline_names_operation_and_missing_rank(monkeypatch, call):
 
     began = time.monotonic()
     got = errors_of(2, program, timeout=None)
-    assert 0.25 < time.monotonic() - began < 5
+    assert 0.25 < time.monotonic() - began < 10
     assert isinstance(got[0], CommTimeoutError) and got[0].rank == 0
     text = str(got[0])
-    assert f"rank 1 (host {socket.gethostname()})" in text and "0.3 s" in text and "CUTP_COMM_TIMEOUT" in text
+    assert f"rank 1 (host {socket.gethostname()})" in text and "CUTP_COMM_TIMEOUT" in text
+    assert 0.3 <= float(re.search(r" waited (\d+\.\d) s for rank 1 ", text)[1]) < 10
     assert {"all_reduce": "all_reduce(float32[2, 3])", "recv": "recv", "barrier": "barrier"}[call] in text
     # The late rank learns that the other one has given up, and on what.
     assert isinstance(got[1], PeerFailedError) and got[1].rank == 0 and "CommTimeoutError" in str(got[1])
 
 
 def test_deadline_does_not_name_ranks_that_came():
+    came = threading.Barrier(3)
+
     def program(comm):
         if comm.rank != 2:
+            start = comm._transport.start
+            # What all three have sent is there before one of them waits: else a slow one would be named as well.
+            comm._transport.start = lambda *args: (start(*args), came.wait(10))[0]
             comm.barrier()
 
     got = errors_of(4, program, timeout=0.3)
@@ -198,7 +205,7 @@ def test_another_exception_in_agree_is_raised_and_announced():
     got = errors_of(3, program)
     assert type(got[0]) is IndexError
     assert all(isinstance(e, PeerFailedError) and e.rank == 0 and "IndexError: a bug" in str(e) for e in got[1:])
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_broken_communicator_in_agree_is_not_agreed_on():

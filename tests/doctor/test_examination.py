@@ -34,11 +34,12 @@ def on_rank_1(act):
     return Check("odd", lambda job: act() if job.rank == 1 else job.rank, lambda job, facts: ok("odd", f"{facts}"))
 
 
-def run(*checks, timeout=20, found=(), n=N):
+def run(*checks, timeout=20, timeout_of_rank_1=None, found=(), n=N):
     """The findings, which all ranks agree on; and rank 0's report."""
     def body(comm):
         said = []
-        report = examine(comm, checks, timeout, said.append, found)
+        limit = timeout_of_rank_1 if comm.rank == 1 and timeout_of_rank_1 else timeout
+        report = examine(comm, checks, limit, said.append, found)
         assert report.findings == [*found, *said]
         return report
 
@@ -104,17 +105,17 @@ def test_a_judge_that_raises():
 
 def test_a_hang_on_one_rank(hang):
     began = time.monotonic()
-    report = run(on_rank_1(lambda: hang(30)), good("next"), timeout=0.4)
-    assert time.monotonic() - began < 5
+    report = run(on_rank_1(lambda: hang(60)), good("next"), timeout_of_rank_1=0.8)
+    assert time.monotonic() - began < 20
     first, second = report.findings
-    assert first.message == "rank 1: no answer within 0.4 s" and "--timeout" in first.fix and first.ranks == (1,)
+    assert first.message == "rank 1: no answer within 0.8 s" and "--timeout" in first.fix and first.ranks == (1,)
     assert second.message == "[0, 1, 2]" and report.stuck and not report.broken
 
 
 def test_what_hangs_is_not_tried_again(hang):
     checks = [good("gpu"), good("kernel", needs=("gpu",)), good("host")]
-    stuck = replace(on_rank_1(lambda: hang(30)), name="copy", needs=("gpu",))
-    report = run(checks[0], stuck, *checks[1:], timeout=0.4)
+    stuck = replace(on_rank_1(lambda: hang(60)), name="copy", needs=("gpu",))
+    report = run(checks[0], stuck, *checks[1:], timeout_of_rank_1=0.8)
     assert [(f.name, f.status) for f in report.findings] == [("gpu", "OK"), ("copy", "FAIL"), ("kernel", "WARN"),
                                                             ("host", "OK")]
     assert report.findings[2].message == "not checked, because of what was found about copy"
@@ -153,7 +154,7 @@ def test_a_collective_check_has_a_group_of_its_own():
 def test_an_exception_in_a_collective_check_wakes_the_others():
     began = time.monotonic()
     report = run(collective(lambda job: 1 // 0), good("next"), collective(reduce))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert report.findings[0].message == "rank 1: ZeroDivisionError: integer division or modulo by zero"
     assert report.findings[0].ranks == (1,)
     assert [f.message for f in report.findings[1:]] == ["[0, 1, 2]", "[3.0, 3.0, 3.0]"]
@@ -162,23 +163,24 @@ def test_an_exception_in_a_collective_check_wakes_the_others():
 def test_a_hang_in_a_collective_check(hang, monkeypatch):
     monkeypatch.setattr(room, "_LAST_WORDS_SECONDS", 0.5)
     began = time.monotonic()
-    report = run(collective(lambda job: hang(30)), good("next"), timeout=0.5)
-    assert time.monotonic() - began < 5
+    report = run(collective(lambda job: hang(60)), good("next"), timeout=0.8)
+    assert time.monotonic() - began < 20
     first, second = report.findings
-    assert "all_reduce" in first.message and "for rank 1" in first.message and "rank 1: no answer" in first.message
+    assert "all_reduce" in first.message and "rank 1 (host " in first.message and "rank 1: no answer" in first.message
     assert second.status == "OK" and report.stuck
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_rank_that_does_not_come(missing, monkeypatch):
     monkeypatch.setattr(room, "_LAST_WORDS_SECONDS", 0.1)
-    reports = {}
+    reports, over = {}, threading.Barrier(N)
 
     def body(comm):
         if comm.rank == missing:
-            time.sleep(1.5)
+            over.wait(20)
             return
-        reports[comm.rank] = examine(comm, [good("a"), good("b")], 0.2)
+        reports[comm.rank] = examine(comm, [good("a"), good("b")], 0.4)
+        over.wait(20)
 
     began = time.monotonic()
     run_threads(N, body, timeout=30)
@@ -188,7 +190,8 @@ def test_a_rank_that_does_not_come(missing, monkeypatch):
         [finding] = report.findings
         assert finding.status == "FAIL" and finding.message.startswith("the ranks cannot talk to each other: ")
         assert report.broken and report.stuck and report.exit_code == 7
-    assert any(f"for rank {missing}" in report.findings[0].message for report in reports.values())
+    # A slow rank may be missed as well, and be named first.
+    assert any(f"rank {missing} (host " in report.findings[0].message for report in reports.values())
 
 
 def test_a_slow_rank_is_waited_for():
@@ -208,9 +211,9 @@ def test_peers_of_a_failed_rank_add_nothing():
     assert finding.message == "rank 0: ValueError: mine" and finding.ranks == (0,)
 
 
-def test_within():
+def test_within(hang):
     assert within(5, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         within(5, lambda: 1 // 0)
     with pytest.raises(HungError, match="no answer within 0.05 s"):
-        within(0.05, lambda: time.sleep(0.5))
+        within(0.05, lambda: hang(20))

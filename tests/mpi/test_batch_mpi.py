@@ -66,11 +66,11 @@ def test_signals(corpus, tmp_path, number, to):
             process.send_signal(number)
         else:
             os.kill([pid for pid in process_family(process.pid) if is_rank(pid)][-1], number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     finally:
         for pid in process_family(process.pid):
             os.kill(pid, signal.SIGKILL)
-    assert process.returncode == 75 and time.monotonic() - began < 10, err
+    assert process.returncode == 75 and time.monotonic() - began < 20, err  # before the end by force
     assert f"stopped early ({number.name}): " in err and "Traceback" not in err
     [begin, ended] = [json.loads(line) for line in (out / "attempt-1.jsonl").read_text().splitlines()]
     assert ended["exit"] == 75 and 0 < ended["done"] < RECORDS and ended["remaining"] == RECORDS - ended["done"]

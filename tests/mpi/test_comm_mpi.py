@@ -19,6 +19,10 @@ PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 pytestmark = needs_mpirun
 
+# A job in which something fails ends within SOON, however busy the machine is. One in which a rank waits for another
+# for ever is ended by run_mpi after a longer time, which is an error.
+SOON = 30
+
 
 def run(n, what, *args, timeout=40, **env):
     """Exit status, the lines of each rank, stderr and the seconds it took."""
@@ -34,6 +38,10 @@ def waited(line):
     return float(re.match(r"waited ([\d.]+) ", line)[1])
 
 
+def error(line):
+    return re.sub(r"^waited [\d.]+ ", "", line)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_collectives_against_numpy_and_threads(n):
     done = run_mpi(n, [sys.executable, PROGRAMS / "comm_cases.py"])
@@ -44,18 +52,19 @@ def test_collectives_against_numpy_and_threads(n):
 
 
 @pytest.mark.parametrize(("n", "elements", "limit"), [(2, 3, 2), (2, 1_000_000, 1), (3, 3, 1)])
-def test_deadline_names_the_missing_rank(n, elements, limit):
-    _, lines, _, _ = run(n, "deadline", str(elements), CUTP_COMM_TIMEOUT=str(limit))
+def test_deadline_names_the_missing_rank(n, elements, limit, tmp_path):
+    _, lines, _, _ = run(n, "deadline", str(elements), CUTP_COMM_TIMEOUT=str(limit), OVER=str(tmp_path))
     first = [lines[r][0] for r in range(n) if r != 1]
     assert any("CommTimeoutError" in line for line in first)
     for line in first:
-        assert re.search(rf"all_reduce\(float32\[{elements}\]\) waited {limit}\.\d s for rank 1 \(host ", line), line
-        assert limit - 0.1 < waited(line) < limit + 1.5
-    assert all(waited(lines[r][1]) < 0.1 for r in range(n) if r != 1)
+        assert re.search(rf"all_reduce\(float32\[{elements}\]\) waited \d+\.\d s for rank 1 \(host ", line), line
+        assert limit - 0.1 < waited(line) < limit + 10
+    # The second call does not wait again: it has the error of the first.
+    assert all(error(lines[r][1]) == error(lines[r][0]) for r in range(n) if r != 1)
 
 
-def test_deadline_while_duplicating_a_communicator():
-    _, lines, _, _ = run(2, "deadline_of_construction", CUTP_COMM_TIMEOUT="1")
+def test_deadline_while_duplicating_a_communicator(tmp_path):
+    _, lines, _, _ = run(2, "deadline_of_construction", CUTP_COMM_TIMEOUT="1", OVER=str(tmp_path))
     assert "CommTimeoutError" in lines[0][0] and "every rank" in lines[0][0]
 
 
@@ -69,12 +78,12 @@ def test_fail_wakes_the_peers(n):
             for line in lines[r]:
                 told = r"PeerFailedError (world )?rank 1:? failed on host \S+: ValueError: no more"
                 assert re.search(told, line), line
-            assert waited(lines[r][0]) < 0.5 + 1.5 and waited(lines[r][1]) < 0.1
+            assert waited(lines[r][0]) < 20 and waited(lines[r][1]) < 10
 
 
 def test_exception_in_agree_ends_the_job():
     status, _, stderr, seconds = run(3, "exception_in_agree")
-    assert status != 0 and seconds < 10
+    assert status != 0 and seconds < SOON
     assert 'in exception_in_agree\n    raise ZeroDivisionError("a bug in rank 1")' in stderr
     assert stderr.count("\nZeroDivisionError: a bug in rank 1") >= 1
     peers = re.findall(r"PeerFailedError: rank 1: failed on host \S+: ZeroDivisionError: a bug in rank 1", stderr)
@@ -83,7 +92,7 @@ def test_exception_in_agree_ends_the_job():
 
 def test_leaving_a_with_block_ends_the_job():
     status, _, stderr, seconds = run(2, "interrupted")
-    assert status != 0 and seconds < 10 and "KeyError: 'left'" in stderr
+    assert status != 0 and seconds < SOON and "KeyError: 'left'" in stderr
 
 
 def test_agree():
@@ -97,7 +106,7 @@ def test_agree():
 def test_ranks_out_of_step(what):
     status, lines, stderr, seconds = run(2, "mismatch", what)
     text = " ".join(lines[0] + lines[1])
-    assert "CommError" in text and "this rank called" in text and seconds < 10
+    assert "CommError" in text and "this rank called" in text and seconds < SOON
     assert all("Error" in lines[r][1] for r in (0, 1)), "both ranks must be told"
     assert status == 0, stderr
 
@@ -123,7 +132,7 @@ def test_tags_chunks_and_dropped_handles(what):
 
 def test_abort():
     status, _, _, seconds = run(2, "aborted")
-    assert status != 0 and seconds < 10
+    assert status != 0 and seconds < SOON
 
 
 def test_blas_threads_are_shared():

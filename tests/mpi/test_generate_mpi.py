@@ -18,6 +18,10 @@ from tests.mpirun import needs_mpirun, run_mpi
 
 pytestmark = needs_mpirun
 
+# A job in which something fails ends within SOON, however busy the machine is. One in which a rank waits for another
+# for ever is ended by run_mpi after a longer time, which is an error.
+SOON = 30
+
 PROMPTS = ["Once upon a time", "There was a little tailor who", "The wolf said: " * 30]
 PROMPT_OPTIONS = [part for prompt in PROMPTS for part in ("-p", prompt)]
 GREEDY = ["generate", *PROMPT_OPTIONS, "--temperature", "0", "--max-tokens", "24"]
@@ -138,7 +142,7 @@ def test_error_appears_once_and_ends_the_job(name):
     code, out, err, seconds = cutp(3, *argv, timeout=40)
     assert (code, out) == (expected, ""), err
     assert err.count("cutp: error: ") == 1 and err.count(part) == 1 and "Traceback" not in err
-    assert seconds < 10
+    assert seconds < SOON
 
 
 def test_bad_line_names_itself(tmp_path):
@@ -146,10 +150,10 @@ def test_bad_line_names_itself(tmp_path):
     source.write_text('{"id": 1, "token_ids": [5, 6]}\n{"id": 2, "token_ids": [5, 5000]}\n')
     (tmp_path / "out.jsonl").write_text("precious")
     code, _, err, seconds = cutp(2, "score", TALES, source, "-o", tmp_path / "out.jsonl", timeout=40)
-    assert code == 2 and seconds < 10 and err.count(f"line 2 of {source}: token id 5000") == 1
+    assert code == 2 and seconds < SOON and err.count(f"line 2 of {source}: token id 5000") == 1
     assert (tmp_path / "out.jsonl").read_text() == "precious"
 
 
 def test_tp_that_does_not_fit(tiny):
     code, _, err, seconds = cutp(5, "generate", tiny("mha"), "--prompt-ids", "1", timeout=40)
-    assert code == 2 and seconds < 10 and err.count("sizes 1 to 4 work") == 1
+    assert code == 2 and seconds < SOON and err.count("sizes 1 to 4 work") == 1
