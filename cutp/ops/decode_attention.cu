@@ -2,9 +2,9 @@
 //
 // A task is one split of one request (decode_plan.cu) for one key-value head and up to 8 * HEAD_TILES of the query
 // heads that share it. A fixed number of blocks share all tasks out, the first to the first block and on to the last
-// block, then back to the first one, and so on. The four warps of a block take tiles of 16 tokens in turn, merge their results and, where the request has several splits, leave a partial result; whoever
-// comes last merges the partial results in the order of the splits. So every sum has an order that depends on the
-// request's own length only.
+// block, then back to the first one, and so on. The four warps of a block take tiles of 16 tokens in turn, merge their
+// results and, where the request has several splits, leave a partial result; whoever comes last merges the partial
+// results in the order of the splits. So every sum has an order that depends on the request's splits only.
 //
 // The loads of a tile's keys (values) start as soon as those of the tile before are used up, also across tasks.
 //
@@ -13,8 +13,8 @@
 // are older than the step, so that their loads need not wait for the kernel before. The same bits as rotary_kv_write
 // (rotary.cu) and then this kernel without ROTARY.
 //
-// The lengths and the lookup table are there before a step starts, and decode_plan.cu lets no kernel start before the
-// plan is: these are read before pdl_wait.
+// The lengths and the lookup table are there before decode_plan.cu starts, which lets no kernel start before the plan is
+// there as well: all three are read before pdl_wait.
 //
 // archs: sm_80 sm_90a sm_100
 // variants: DTYPE=BF16,F16 HEAD_DIM=64,80,96,128 HEAD_TILES=1,2
@@ -90,7 +90,7 @@ decode_attention(const scalar_t* q, const float* cos, const float* sin, scalar_t
     SpareRegisters<spare_registers> spare;
     spare.begin();
     pdl_launch_dependents();
-    int mirror = 2 * static_cast<int>(gridDim.x) - 1;  // this task's number and the next one's
+    int mirror = 2 * static_cast<int>(gridDim.x) - 1;  // the sum of this task's number and the next one's
     const uint4 item = load_item(a, blockIdx.x);
     const int tasks = load_weight(plan).x * a.tasks_per_item();
     const int first_length = static_cast<int>(blockIdx.x) < batch ? kv_lengths[blockIdx.x] : 1;
