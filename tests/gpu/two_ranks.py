@@ -12,7 +12,7 @@
     setups       200 communicators made, used in a graph and closed in one job
     killed       one rank of a job that generates is killed: how soon the job ends
     tests        the tests of NCCL and of all model families on two ranks
-    doctor, collectives, bench, bench_overlap    what the tools print; on two GPUs for the figures
+    doctor, collectives, bench, bench_overlap, bench_70b    what the tools print; on two GPUs for the figures
 
 Prints a line a section, and ends with 1 if one is bad.
 """
@@ -43,6 +43,7 @@ DIRECTORY = Path("/tmp/cutp-two-ranks")
 MEAN_FACTOR = 1.15  # of one rank's distance from float32
 KILLED_SECONDS = 10.0
 BENCH = ["bench", "--shape", "llama-3.1-8b", "--prompt-len", "1024,4096", "--batch", "1,32"]
+BENCH_70B = ["bench", "--shape", "llama-3.1-70b", "--prompt-len", "1024", "--batch", "1,8,32"]
 
 
 def environment(share: bool) -> dict[str, str]:
@@ -219,8 +220,14 @@ def bench_overlap(share: bool) -> tuple[bool, str]:
     return _tool("cutp", *BENCH, CUTP_MATMUL_ALLREDUCE="1", **environment(share))
 
 
+def bench_70b(share: bool) -> tuple[bool, str]:
+    """A model whose weights need both GPUs' memory."""
+    return _tool("cutp", *BENCH_70B, **environment(share))
+
+
 SECTIONS = {each.__name__: each for each in (
-    parity, overlap, odd, starts, setups, killed, tests, doctor, collectives, bench, bench_overlap)}
+    parity, overlap, odd, starts, setups, killed, tests, doctor, collectives, bench, bench_overlap,
+    bench_70b)}
 
 
 def main() -> int:
