@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 #if !defined(__x86_64__) || defined(EMULATION_PORTABLE)
@@ -188,6 +189,8 @@ struct Machine {
     char* signal_stack = nullptr;
     timer_t watchdog;
 
+    Machine();
+    ~Machine();
     Fiber*& slot(uint32_t i) { return ready[i % max_threads]; }
     void push(Fiber* f) { slot(tail++) = f; }
     bool none_ready() const { return head == tail; }
@@ -197,7 +200,9 @@ struct Machine {
     void run_blocks();
 };
 
+// Of this OS thread; it goes with the thread, as a process may map only so many ranges and each fiber takes two.
 thread_local Machine* machine = nullptr;
+thread_local std::unique_ptr<Machine> owned_machine;
 
 std::string text(const uint3& i) {
     return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -467,15 +472,28 @@ Machine* this_machine() {
     }();
     (void)installed;
     if (!machine) {
-        machine = new Machine();  // lives as long as its OS thread: a fiber stack must not go while in use
-        machine->signal_stack = map_memory(signal_stack_bytes, PROT_READ | PROT_WRITE);
-        sigevent event = {};
-        event.sigev_notify = SIGEV_THREAD_ID;
-        event.sigev_signo = SIGVTALRM;
-        event.sigev_notify_thread_id = static_cast<int>(syscall(SYS_gettid));
-        timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &machine->watchdog);
+        owned_machine = std::make_unique<Machine>();
+        machine = owned_machine.get();
     }
     return machine;
+}
+
+Machine::Machine() {
+    signal_stack = map_memory(signal_stack_bytes, PROT_READ | PROT_WRITE);
+    sigevent event = {};
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = SIGVTALRM;
+    event.sigev_notify_thread_id = static_cast<int>(syscall(SYS_gettid));
+    timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &watchdog);
+}
+
+Machine::~Machine() {
+    machine = nullptr;  // for a signal that comes now
+    timer_delete(watchdog);
+    for (Fiber& f : fibers)
+        if (f.stack) munmap(f.stack - page, page + stack_bytes);
+    if (shared_pages) munmap(shared_pages, shared_capacity + page);
+    munmap(signal_stack, signal_stack_bytes);
 }
 
 void set_watchdog(const Machine& m, double seconds) {

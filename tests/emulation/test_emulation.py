@@ -5,8 +5,10 @@ two implementations of the header. `faults.cu` has one kernel for each mistake.
 """
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import ml_dtypes
 import numpy as np
@@ -399,3 +401,24 @@ def test_launches_from_several_os_threads():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(reduce, range(20)))
+
+
+def test_memory_of_os_threads_goes_with_them():
+    """Each leaves a range for a fiber's stack and one for its guard otherwise, of which a process has so many."""
+    def ranges():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def launch_elsewhere():
+        args = [np.zeros(1, np.uint32), np.zeros(4, np.uint32), np.zeros((4, 64), np.uint32)]
+        thread = Thread(target=run_fault, args=("order", args), kwargs={"grid": 4})
+        thread.start()
+        thread.join()
+
+    launch_elsewhere()
+    before = ranges()
+    for _ in range(20):
+        launch_elsewhere()
+    end = time.monotonic() + 10
+    while ranges() >= before + 5 * 2 * 64 and time.monotonic() < end:
+        time.sleep(0.01)  # a thread's destructors may run behind its join
+    assert ranges() < before + 5 * 2 * 64

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.device_arrays import emulated_device
+from tests.device_arrays import EmulatedMemory, emulated_device
 from tests.wide_heads import write_checkpoint
 
 
@@ -27,10 +27,11 @@ def cuda(request, monkeypatch):
     from cutp.engine import llm, loading
     from cutp.ops import product_choice
 
-    with emulated_device(monkeypatch) as memory:
+    with emulated_device(monkeypatch):
         monkeypatch.setattr(llm, "place_rank", lambda name, comm: Placement(
             DeviceRef.GPU() if name == "cuda" else DeviceRef.CPU()))
-        monkeypatch.setattr(loading, "CudaMemory", lambda device: memory)
+        # One each: ranks may be threads.
+        monkeypatch.setattr(loading, "CudaMemory", lambda device: EmulatedMemory())
         monkeypatch.setattr(loading, "Stream", nullcontext)
         monkeypatch.setattr(loading, "device_info", lambda: SimpleNamespace(multiprocessors=2))
         # The kernel for few rows takes most of the time here; it has tests of its own.
