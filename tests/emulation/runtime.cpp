@@ -200,7 +200,8 @@ struct Machine {
     void run_blocks();
 };
 
-// Of this OS thread; it goes with the thread, as a process may map only so many ranges and each fiber takes two.
+// Of this OS thread; it goes with the thread, as a process may map only so many ranges and each fiber takes two. Signal
+// handlers ask for it too, so it is a plain pointer.
 thread_local Machine* machine = nullptr;
 thread_local std::unique_ptr<Machine> owned_machine;
 

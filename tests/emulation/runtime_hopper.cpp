@@ -1,15 +1,15 @@
 // Barriers in shared memory, the copy engine, register budgets and named barriers of runtime_hopper.h.
 #include <algorithm>
+#include <memory>
 
 #include "hopper_block.h"
 
 namespace emulation {
 
-
-static thread_local Block* this_block = nullptr;  // lives as long as its OS thread
+static thread_local std::unique_ptr<Block> this_block;  // lives as long as its OS thread
 
 Block& block() {
-    if (!this_block) this_block = new Block();
+    if (!this_block) this_block = std::make_unique<Block>();
     if (!this_block->used) this_block->begin();
     return *this_block;
 }

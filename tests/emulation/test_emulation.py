@@ -5,10 +5,7 @@ two implementations of the header. `faults.cu` has one kernel for each mistake.
 """
 
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import ml_dtypes
 import numpy as np
@@ -387,38 +384,3 @@ def test_order_seeds_permute_blocks_and_threads():
             np.testing.assert_array_equal(blocks, range(4))
         seen.add((*blocks, *threads.ravel()))
     assert len(seen) == len(SEEDS)
-
-
-def test_launches_from_several_os_threads():
-    def reduce(seed):
-        values = np.random.default_rng(seed).standard_normal((2, 256)).astype(np.float32)
-        sums, maxima = np.full_like(values, np.nan), np.full_like(values, np.nan)
-        kernel = EmulatedKernel(HERE / "probes.cu", "reductions", ["DTYPE=BF16"])
-        kernel.launch(2, 256, [values, sums, maxima], order_seed=seed)
-        np.testing.assert_array_equal(maxima, np.broadcast_to(values.max(1, keepdims=True), values.shape))
-        with pytest.raises(EmulationError, match="has left the kernel"):
-            run_fault("leave_before_barrier", [], order_seed=seed)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(reduce, range(20)))
-
-
-def test_memory_of_os_threads_goes_with_them():
-    """Each leaves a range for a fiber's stack and one for its guard otherwise, of which a process has so many."""
-    def ranges():
-        return len(Path("/proc/self/maps").read_text().splitlines())
-
-    def launch_elsewhere():
-        args = [np.zeros(1, np.uint32), np.zeros(4, np.uint32), np.zeros((4, 64), np.uint32)]
-        thread = Thread(target=run_fault, args=("order", args), kwargs={"grid": 4})
-        thread.start()
-        thread.join()
-
-    launch_elsewhere()
-    before = ranges()
-    for _ in range(20):
-        launch_elsewhere()
-    end = time.monotonic() + 10
-    while ranges() >= before + 5 * 2 * 64 and time.monotonic() < end:
-        time.sleep(0.01)  # a thread's destructors may run behind its join
-    assert ranges() < before + 5 * 2 * 64
